@@ -1,0 +1,1 @@
+"""One folder an op. ``mage_fast.ops`` re-exports the public functions."""

@@ -1,0 +1,23 @@
+"""Shapes of ``philox`` calls at the real sizes, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``high x low`` blocks of four words."""
+
+    name: str
+    high: int
+    low: int
+
+
+SPECS = (
+    Spec("tiny", 3, 5),
+    # 16 bits an element: dropout after the MLP's GELU, ViT-B encoder, batch 4
+    Spec("mlp_dropout_vit_b_batch4", 1, 4 * 129 * 3072 // 8),
+    # 8 bits a probability: attention dropout, ViT-B encoder, batch 4
+    Spec("attention_dropout_vit_b_batch4", 4 * 129 * 12, 9),
+)

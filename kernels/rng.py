@@ -1,0 +1,114 @@
+"""The randomness contract: which bits every random decision reads. Written once here, in plain PyTorch.
+
+One counter scheme serves every backend, so that the same seed gives the same mask plan, the same dropout
+and, given equal logits, the same sampled ids on CPU, in the Triton interpreter and on CUDA:
+
+    key     = seed (64 bits)
+    counter = (block & 0xffffffff, block >> 32 or row, stream, step)
+
+``state`` is an int64 tensor ``(seed, step)`` on the device that draws. It is read there, never on the
+host, so a captured CUDA graph draws fresh numbers at each replay. A Philox block is four 32-bit words;
+element ``e`` of a tensor reads, in memory order,
+
+* 32 bits  (mask plan, Gumbel noise): word ``e % 4`` of block ``e // 4``;
+* 16 bits  (dropout of activations):  half ``e % 8`` of block ``e // 8``;
+*  8 bits  (dropout of attention probabilities): row ``r = query * heads + head`` is the second counter
+  word; key ``k`` reads byte ``(k + 15) % 16`` of block ``(k + 15) // 16``, so the class token's key 0 has
+  a block of its own and keys 1, 17, 33 ... start blocks (a kernel that starts its softmax from the class
+  token sees aligned tiles).
+
+An element is kept iff its bits, as an unsigned integer, are >= the threshold round(p * 2**bits): the
+realised drop probability is threshold / 2**bits, and the scale 1 / (1 - realised) uses the realised one.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from mage_fast.kernels.ops.philox.api import philox
+
+ACTIVATION_BITS = 16
+ATTENTION_BITS = 8
+#: Key 0 sits in the last byte of its block, see the module's docstring.
+ATTENTION_KEY_OFFSET = 15
+
+
+class Stream(IntEnum):
+    """What a random number is for; the low byte of the third counter word."""
+
+    MASK_RATIO = 1
+    MASK_PLAN = 2
+    EMBEDDING_DROPOUT = 3
+    ATTENTION_DROPOUT = 4
+    PROJECTION_DROPOUT = 5
+    MLP_DROPOUT = 6
+    OUTPUT_DROPOUT = 7
+    SAMPLE_ID = 8
+    SAMPLE_CONFIDENCE = 9
+    LABEL_DROPOUT = 10
+
+
+def stream(kind: Stream, layer: int = 0) -> int:
+    """Third counter word: the kind in the low byte, the layer above it."""
+    return int(kind) + (layer << 8)
+
+
+def new_state(seed: int | None = None, step: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """An int64 ``(seed, step)`` state. Without a seed one is drawn from torch's global CPU generator, so
+    ``torch.manual_seed`` governs it.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    return torch.tensor([seed, step], dtype=torch.int64, device=device)
+
+
+def threshold(p: float, bits: int) -> int:
+    """Smallest unsigned integer that is kept."""
+    return round(p * 2**bits)
+
+
+def keep_scale(p: float, bits: int) -> float:
+    """Scale of the kept elements, 1 / (1 - realised p)."""
+    return 1.0 / (1.0 - threshold(p, bits) / 2**bits)
+
+
+def words(state: Tensor, stream: int, count: int) -> Tensor:
+    """``count`` uniform 32-bit words as int64 in [0, 2**32)."""
+    blocks = philox(state, stream, 1, -(-count // 4))
+    return blocks.flatten()[:count].to(torch.int64) & 0xFFFFFFFF
+
+
+def uniform(state: Tensor, stream: int, count: int) -> Tensor:
+    """float32 in (0, 1): the top 23 bits plus a half, exact in float32, never 0 or 1."""
+    return ((words(state, stream, count) >> 9).float() + 0.5) * 2.0**-23
+
+
+def gumbel(state: Tensor, stream: int, count: int) -> Tensor:
+    """float32 standard Gumbel noise, -log(-log(u))."""
+    return -torch.log(-torch.log(uniform(state, stream, count)))
+
+
+def keep_mask(state: Tensor, stream: int, shape: torch.Size | tuple[int, ...], p: float) -> Tensor:
+    """bool, True where an activation is kept (16 bits an element)."""
+    count = torch.Size(shape).numel()
+    blocks = philox(state, stream, 1, -(-count // 8))
+    halves = blocks.view(torch.int16).flatten()[:count].to(torch.int32) & 0xFFFF
+    return (halves >= threshold(p, ACTIVATION_BITS)).view(shape)
+
+
+def keep_mask_attention(state: Tensor, stream: int, rows: int, keys: int, p: float) -> Tensor:
+    """bool ``[rows, keys]``, True where an attention probability is kept (8 bits a probability)."""
+    blocks = philox(state, stream, rows, -(-(keys + ATTENTION_KEY_OFFSET) // 16))
+    octets = blocks.view(torch.uint8).flatten(1)[:, ATTENTION_KEY_OFFSET : ATTENTION_KEY_OFFSET + keys]
+    return octets >= threshold(p, ATTENTION_BITS)
+
+
+def dropout(x: Tensor, state: Tensor | None, stream: int, p: float) -> Tensor:
+    """``x`` with activation dropout; its own backward, as the mask is recomputed and the map is linear."""
+    if p == 0.0:
+        return x
+    assert state is not None
+    return x * keep_mask(state, stream, x.shape, p) * keep_scale(p, ACTIVATION_BITS)
