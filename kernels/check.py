@@ -47,3 +47,21 @@ def dropout(op: str, p: float, rng_state: Tensor | None) -> None:
         if rng_state is None:
             raise ValueError(f"{op}: dropout is {p} but rng_state is None, wanted an int64 (seed, step) tensor")
         state(op, rng_state)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation: an ordinary CPU tensor, outside tracing."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+    )
+
+
+def values(op: str, name: str, x: Tensor, low: int, high: int) -> None:
+    """Integers in [low, high), where that can be read without a synchronisation."""
+    if readable(x) and x.numel():
+        smallest, largest = (int(v) for v in torch.aminmax(x))
+        if smallest < low or largest >= high:
+            got = smallest if smallest < low else largest
+            raise ValueError(f"{op}: {name} holds {got}, wanted {low} <= {name} < {high}")

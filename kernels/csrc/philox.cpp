@@ -1,4 +1,4 @@
-// mage_fast_cpu::philox: the words of the counters (j, i, stream, step), i < high, j < low.
+// mage_fast_cpu::philox: the words of the counters (j, first_high + i, stream, step), i < high, j < low.
 #include "philox.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low) {
+Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low, int64_t first_high) {
   mage_fast::check_rng_state(state, "philox");
   const int64_t* seed_step = reinterpret_cast<const int64_t*>(state.data_ptr());
   const uint32_t key0 = static_cast<uint32_t>(seed_step[0]);
@@ -35,7 +35,7 @@ Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low) {
         uint32_t c0[kGroup], c1[kGroup], c2[kGroup], c3[kGroup];
         for (int64_t lane = 0; lane < kGroup; ++lane) {
           c0[lane] = static_cast<uint32_t>(column + done + lane);
-          c1[lane] = static_cast<uint32_t>(row);
+          c1[lane] = static_cast<uint32_t>(first_high + row);
           c2[lane] = word2;
           c3[lane] = step;
         }
@@ -61,7 +61,7 @@ Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low) {
         }
       }
       for (; done < run; ++done) {
-        uint32_t counter[4] = {static_cast<uint32_t>(column + done), static_cast<uint32_t>(row), word2, step};
+        uint32_t counter[4] = {static_cast<uint32_t>(column + done), static_cast<uint32_t>(first_high + row), word2, step};
         mage_fast::philox_4x32(counter, key0, key1);
         std::copy(counter, counter + 4, out + (block + done) * 4);
       }
@@ -74,7 +74,7 @@ Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mage_fast_cpu, m) {
-  m.def("philox(Tensor state, SymInt stream, SymInt high, SymInt low) -> Tensor");
+  m.def("philox(Tensor state, SymInt stream, SymInt high, SymInt low, SymInt first_high) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mage_fast_cpu, CPU, m) {
