@@ -44,15 +44,17 @@ class _Padding:
 
 
 def _keep_BHQK(
-    padding: _Padding, heads: int, dropout: float, rng_state: Tensor | None, stream: int
+    padding: _Padding, like: Tensor, dropout: float, rng_state: Tensor | None, stream: int
 ) -> Tensor | float:
     """Kept probabilities times their scale; 1 without dropout."""
     if dropout == 0.0:
         return 1.0
     assert rng_state is not None
+    heads = like.shape[1]
     rows = padding.total * heads
     keep = rng.keep_mask_attention(rng_state, stream, rows, padding.longest, dropout)
-    return padding.pad(keep.unflatten(0, (-1, heads))) * rng.keep_scale(dropout, rng.ATTENTION_BITS)
+    keep_BHQK = padding.pad(keep.unflatten(0, (-1, heads))).to(like.dtype)
+    return keep_BHQK * rng.keep_scale(dropout, rng.ATTENTION_BITS)
 
 
 def attention(
@@ -64,14 +66,14 @@ def attention(
     rng_state: Tensor | None,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    total, _, heads, _ = qkv_T3HD.shape
+    total = qkv_T3HD.shape[0]
     accumulate = torch.promote_types(qkv_T3HD.dtype, torch.float32)
     padding = _Padding(cu_seqlens, total, max_seqlen)
     q, k, v = (padding.pad(x) for x in qkv_T3HD.to(accumulate).unbind(1))
     scores_BHQK = padding.hide((q * softmax_scale) @ k.transpose(2, 3))
     lse_BHQ = scores_BHQK.logsumexp(3)
     p_BHQK = torch.exp(scores_BHQK - lse_BHQ[..., None])
-    out = (p_BHQK * _keep_BHQK(padding, heads, dropout, rng_state, stream)) @ v
+    out = (p_BHQK * _keep_BHQK(padding, q, dropout, rng_state, stream)) @ v
     return padding.pack(out).to(qkv_T3HD.dtype).contiguous(), padding.pack(lse_BHQ).contiguous()
 
 
@@ -87,12 +89,12 @@ def attention_backward(
     rng_state: Tensor | None,
     stream: int,
 ) -> Tensor:
-    total, _, heads, _ = qkv_T3HD.shape
+    total = qkv_T3HD.shape[0]
     accumulate = lse_TH.dtype
     padding = _Padding(cu_seqlens, total, max_seqlen)
     q, k, v = (padding.pad(x) for x in qkv_T3HD.to(accumulate).unbind(1))
     grad, out, lse = (padding.pad(x.to(accumulate)) for x in (grad_THD, out_THD, lse_TH))
-    keep = _keep_BHQK(padding, heads, dropout, rng_state, stream)
+    keep = _keep_BHQK(padding, q, dropout, rng_state, stream)
 
     p_BHQK = torch.exp(padding.hide((q * softmax_scale) @ k.transpose(2, 3)) - lse[..., None])
     if not padding.uniform:  # rows past a sequence's end hold another sequence's queries

@@ -38,10 +38,10 @@ def sample_confident(
 
     id_stream = rng.stream(Stream.SAMPLE_ID, stream)
     noise_BLC = rng.gumbel(rng_state, id_stream, batch, length * codes, first_sample).view_as(logits_BLC)
-    drawn_BL = (logits_BLC + noise_BLC).argmax(2)
+    drawn_BL = (logits_BLC + noise_BLC).argmax(2).to(ids_BL.dtype)
     sampled_BL = torch.where(is_unknown_BL, drawn_BL, ids_BL)
 
-    log_p_BL = logits_BLC.log_softmax(2).gather(2, drawn_BL[..., None]).squeeze(2)
+    log_p_BL = logits_BLC.log_softmax(2).gather(2, drawn_BL[..., None].long()).squeeze(2)
     confidence_stream = rng.stream(Stream.SAMPLE_CONFIDENCE, stream)
     noise_BL = rng.gumbel(rng_state, confidence_stream, batch, length, first_sample)
     confidence_BL = (log_p_BL + choice_temperature * noise_BL).masked_fill(~is_unknown_BL, float("inf"))
