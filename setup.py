@@ -14,22 +14,20 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
 LIBRARY = "libmage_fast_cpu.so"
+REQUIRED = os.environ.get("MAGE_FAST_REQUIRE_EXTENSION", "0") == "1"
 
 
 class CMakeExtension(Extension):
-    """An extension that CMakeLists.txt describes."""
+    """The extension that CMakeLists.txt describes."""
 
     def __init__(self) -> None:
-        super().__init__("mage_fast.kernels.mage_fast_cpu", sources=[], optional=not required())
-
-
-def required() -> bool:
-    return os.environ.get("MAGE_FAST_REQUIRE_EXTENSION", "0") == "1"
+        super().__init__("mage_fast.kernels.mage_fast_cpu", sources=[], optional=not REQUIRED)
 
 
 class BuildExtension(build_ext):
@@ -39,28 +37,35 @@ class BuildExtension(build_ext):
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
 
     def build_extension(self, ext: Extension) -> None:
-        if importlib.util.find_spec("torch") is None:
+        torch = importlib.util.find_spec("torch")
+        if torch is None or not torch.submodule_search_locations:
             raise CompileError("torch is not installed in the build environment (use --no-build-isolation)")
         if shutil.which("cmake") is None:
             raise CompileError("cmake is not installed")
-        import torch
 
         build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        configure = [
-            *("cmake", "-S", str(ROOT.resolve()), "-B", str(build), *generator),
-            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
-            "-DCMAKE_BUILD_TYPE=Release",
-        ]
-        try:
-            subprocess.run(configure, check=True, stdout=sys.stderr)
-            subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True, stdout=sys.stderr)
-        except subprocess.CalledProcessError as error:
-            raise CompileError(f"cmake failed: {error}") from error
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / LIBRARY, target)
+        options = [f"-DTORCH_ROOT={torch.submodule_search_locations[0]}", "-DCMAKE_BUILD_TYPE=Release"]
+        release = ["--config", "Release"]
+        for arguments in (
+            ["-S", str(ROOT), "-B", str(build), *generator, *options],
+            ["--build", str(build), *release, "--parallel"],
+            ["--install", str(build), *release, "--prefix", str(folder), "--strip"],
+        ):
+            try:
+                subprocess.run(["cmake", *arguments], check=True, stdout=sys.stderr)
+            except subprocess.CalledProcessError as error:
+                raise CompileError(f"cmake failed: {error}") from error
+
+
+class Wheel(bdist_wheel):
+    """The library has no Python.h, so a wheel depends on the platform only, and on nothing without it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        build = self.get_finalized_command("build_ext")
+        built = Path(build.get_ext_fullpath(build.extensions[0].name)).exists()
+        return "py3", "none", super().get_tag()[2] if built else "any"
 
 
 kernels = ["mage_fast." + name for name in find_packages(include=["kernels", "kernels.*"])]
@@ -70,6 +75,7 @@ setup(
     # without symlinks.
     package_dir={"mage_fast.kernels": "kernels"},
     package_data={"mage_fast": ["py.typed"]},
+    include_package_data=False,
     ext_modules=[CMakeExtension()],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )

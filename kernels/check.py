@@ -46,7 +46,9 @@ def dropout(op: str, p: float, rng_state: Tensor | None) -> None:
         raise ValueError(f"{op}: dropout is {p}, wanted 0 <= dropout < 1")
     if p > 0.0:
         if rng_state is None:
-            raise ValueError(f"{op}: dropout is {p} but rng_state is None, wanted an int64 (seed, step) tensor")
+            raise ValueError(
+                f"{op}: dropout is {p} but rng_state is None, wanted an int64 (seed, step) tensor"
+            )
         state(op, rng_state)
 
 

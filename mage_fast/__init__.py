@@ -1,3 +1,67 @@
-"""mage_fast."""
+"""MAGE (masked generative encoder) with fused kernels.
+
+>>> import mage_fast
+>>> model = mage_fast.MAGE(mage_fast.MAGEConfig.vit_b())
+
+Importing this package does no work: each name is imported at its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mage_fast import ops
+    from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.errors import CheckpointError, InputError
+    from mage_fast.kernels.dispatch import Unsupported, use_implementation
+    from mage_fast.model import MAGE, MAGEOutput
+    from mage_fast.sampler import generate
+    from mage_fast.tokenizer import VQGAN, Tokenizer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MAGE",
+    "VQGAN",
+    "CheckpointError",
+    "InputError",
+    "MAGEConfig",
+    "MAGEOutput",
+    "Tokenizer",
+    "TokenizerConfig",
+    "Unsupported",
+    "__version__",
+    "generate",
+    "ops",
+    "use_implementation",
+]
+
+_HOME = {
+    "MAGE": "model",
+    "MAGEConfig": "config",
+    "MAGEOutput": "model",
+    "CheckpointError": "errors",
+    "InputError": "errors",
+    "Tokenizer": "tokenizer",
+    "TokenizerConfig": "config",
+    "Unsupported": "kernels.dispatch",
+    "VQGAN": "tokenizer",
+    "generate": "sampler",
+    "use_implementation": "kernels.dispatch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("mage_fast.ops")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -29,7 +29,7 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for ``json.dump``."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -144,7 +144,9 @@ class MAGEConfig(_Config):
             _positive(self, f"{part}_width", f"{part}_depth", f"{part}_heads")
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
-                raise ValueError(f"MAGEConfig: {part}_width {width} is not a multiple of {part}_heads {heads}")
+                raise ValueError(
+                    f"MAGEConfig: {part}_width {width} is not a multiple of {part}_heads {heads}"
+                )
         _ratio(
             self,
             *("dropout", "label_smoothing", "mask_ratio_min", "mask_ratio_max", "mask_ratio_mode"),
@@ -152,7 +154,8 @@ class MAGEConfig(_Config):
         )
         if not self.mask_ratio_min <= self.mask_ratio_max:
             raise ValueError(
-                f"MAGEConfig: mask_ratio_min {self.mask_ratio_min} is over mask_ratio_max {self.mask_ratio_max}"
+                f"MAGEConfig: mask_ratio_min {self.mask_ratio_min} is over "
+                f"mask_ratio_max {self.mask_ratio_max}"
             )
         if self.mask_ratio_std < 0:
             raise ValueError(f"MAGEConfig: mask_ratio_std is {self.mask_ratio_std}, wanted 0 or more")
@@ -178,7 +181,7 @@ class MAGEConfig(_Config):
             its = (self.tokenizer.grid_size, self.tokenizer.codebook_size)
             if mine != its:
                 raise ValueError(
-                    f"MAGEConfig: (grid_size, codebook_size) is {mine}, the tokenizer's is {its}; they must agree"
+                    f"MAGEConfig: (grid_size, codebook_size) is {mine}, the tokenizer's is {its}; they differ"
                 )
 
     @property

@@ -1,7 +1,7 @@
 """Dropout, residual addition and LayerNorm as equations.
 
-    s = residual + dropout(branch)
-    y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+s = residual + dropout(branch)
+y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,12 +19,12 @@ class Spec:
     features: int
     dropout: float = 0.1
 
-    def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+    def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
         branch, residual = torch.randn(2, self.rows, self.features, generator=generator)
         weight = 1 + 0.1 * torch.randn(self.features, generator=generator)
         bias = 0.1 * torch.randn(self.features, generator=generator)
-        as_argument = {"device": device, "dtype": dtype}
+        as_argument: dict[str, Any] = {"device": device, "dtype": dtype}
         return {
             "branch_TD": branch.to(**as_argument).requires_grad_(),
             "residual_TD": residual.to(**as_argument).requires_grad_(),

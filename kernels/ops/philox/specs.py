@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from mage_fast.kernels import rng
 
 
 @dataclass(frozen=True)
@@ -12,6 +15,10 @@ class Spec:
     name: str
     high: int
     low: int
+
+    def inputs(self, device: str = "cpu") -> dict[str, Any]:
+        state = rng.new_state(0, device=device)
+        return {"state": state, "stream": int(rng.Stream.MLP_DROPOUT), "high": self.high, "low": self.low}
 
 
 SPECS = (
