@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mage_fast.config import MAGEConfig, TokenizerConfig
+from mage_fast.model import MAGE
 from mage_fast.storage import (
     CheckpointError,
     check_state,
@@ -27,7 +28,6 @@ from mage_fast.storage import (
     save_pretrained,
     save_safetensors,
 )
-from mage_fast.tokenizer import VQGAN
 
 __all__ = [
     "CheckpointError",
@@ -68,52 +68,10 @@ _PUBLISHED_NORM_GROUPS = 32
 _PATCH = 16
 
 
-def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _blocks(part: str, depth: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index in range(depth):
-        block = f"{part}.blocks.{index}"
-        shapes |= _norm(f"{block}.norm1", width)
-        shapes |= _linear(f"{block}.attention.qkv", 3 * width, width)
-        shapes |= _linear(f"{block}.attention.proj", width, width)
-        shapes |= _norm(f"{block}.norm2", width)
-        shapes |= _linear(f"{block}.mlp.fc1", hidden, width)
-        shapes |= _linear(f"{block}.mlp.fc2", width, hidden)
-    return shapes
-
-
 def our_shapes(config: MAGEConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a :class:`mage_fast.MAGE` of this configuration."""
-    encoder, decoder, vocabulary = config.encoder_width, config.decoder_width, config.vocabulary_size
-    positions = config.num_tokens + 1
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (vocabulary, encoder),
-        "embedding.position_embeddings.weight": (positions, encoder),
-        **_norm("embedding.norm", encoder),
-        **_blocks("encoder", config.encoder_depth, encoder, int(encoder * config.mlp_ratio)),
-        **_norm("encoder.norm", encoder),
-        **_linear("decoder.embed", decoder, encoder),
-        "decoder.position_embeddings": (1, positions, decoder),
-        **_blocks("decoder", config.decoder_depth, decoder, int(decoder * config.mlp_ratio)),
-        **_norm("decoder.norm", decoder),
-        **_linear("head.fc", encoder, decoder),
-        **_norm("head.norm", encoder),
-        "head.bias": (1, 1, vocabulary),
-    }
-    if config.padding == "mask_token":
-        shapes["decoder.mask_token"] = (1, 1, decoder)
-    if config.tokenizer is not None:
-        with torch.device("meta"):
-            tokenizer = VQGAN(config.tokenizer).state_dict()
-        shapes |= {f"tokenizer.{name}": tuple(x.shape) for name, x in tokenizer.items()}
-    return shapes
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in MAGE(config).state_dict().items()}
 
 
 def _unused(config: MAGEConfig) -> dict[str, Tensor]:

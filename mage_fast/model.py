@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
+from mage_fast import storage
 from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
 from mage_fast.embedding import TokenEmbedding
@@ -235,21 +236,35 @@ class MAGE(nn.Module):
         return tokens_BLD.mean(1) if pool else tokens_BLD
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
-        from mage_fast import checkpoint
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``.
 
-        checkpoint.save_pretrained(self, folder)
+        Raises:
+            CheckpointError: the folder cannot be made or written.
+        """
+        storage.save_pretrained(self, folder)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
+    def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> Self:
         """A model from a folder of :meth:`save_pretrained`, or from a published ``.pth``.
+
+        Args:
+            path: the folder or file.
+            tokenizer: yours, for a model that was saved with one of its own kind.
 
         Raises:
             CheckpointError: missing, truncated or of another width.
         """
-        from mage_fast import checkpoint
+        if Path(path).is_dir():
+            values, state = storage.load_pretrained(path)
+            config = MAGEConfig.from_dict(values)
+        else:
+            from mage_fast import checkpoint  # it imports this module for the names and shapes
 
-        return checkpoint.load_model(cls, path)
+            state, config = checkpoint.from_published(checkpoint.load_published(path), source=path)
+        with torch.device("meta"):  # the checkpoint's tensors become the parameters
+            model = cls(config, tokenizer)
+        storage.load_state(model, state, path, assign=True)
+        return model
 
 
 def _check_ids(ids_BL: Tensor, config: MAGEConfig) -> None:

@@ -66,14 +66,20 @@ def check_state(
         raise CheckpointError(f"{source}: {'; '.join(problems)}")
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Path = "state dict") -> None:
-    """Strict ``module.load_state_dict(state)``; nothing is loaded where anything is wrong.
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | Path = "state dict",
+    *,
+    assign: bool = False,
+) -> None:
+    """Strict ``module.load_state_dict(state, assign=assign)``; nothing is loaded where anything is wrong.
 
     Raises:
         CheckpointError: names or shapes that differ.
     """
     check_state(state, {name: tuple(x.shape) for name, x in module.state_dict().items()}, source)
-    module.load_state_dict(dict(state), strict=True)
+    module.load_state_dict(dict(state), strict=True, assign=assign)
 
 
 def save_safetensors(
