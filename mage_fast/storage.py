@@ -106,6 +106,16 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
 
 
+def save_torch(path: str | Path, contents: Any) -> None:
+    """``torch.save``; the file appears whole or not at all.
+
+    Raises:
+        CheckpointError: the folder does not exist or cannot be written.
+    """
+    with _writing(path), replacing(path) as temporary, open(temporary, "xb") as file:
+        torch.save(contents, file)
+
+
 def read_torch(path: str | Path) -> Any:
     """The contents of a ``torch.save`` file with plain types, tensors and ``argparse.Namespace`` only.
 
@@ -118,7 +128,7 @@ def read_torch(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # named from the middle of torch's text: its first line advises loading the file without the check
-        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise CheckpointError(
                 f"{path}: refused, it holds {refused[1]}, wanted tensors and plain types only"
