@@ -29,6 +29,23 @@ def integer(op: str, name: str, x: Tensor) -> None:
     dtype(op, name, x, (torch.int64, torch.int32))
 
 
+def features(op: str, name: str, x: Tensor) -> None:
+    """At least one feature in a last dimension."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, wanted (..., features) with features >= 1"
+        )
+
+
+def id_range(op: str, name: str, ids: Tensor, low: int, high: int) -> None:
+    """Every id in [low, high). Looks at CPU values only: elsewhere the look would wait for the device."""
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or not ids.is_cpu or ids.numel() == 0:
+        return
+    for found in map(int, ids.aminmax()):
+        if not low <= found < high:
+            raise ValueError(f"{op}: {name} holds the id {found}, wanted {low} <= id < {high}")
+
+
 def same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
     for name, x in others.items():
         if x is not None and x.device != first.device:
@@ -45,5 +62,7 @@ def dropout(op: str, p: float, rng_state: Tensor | None) -> None:
         raise ValueError(f"{op}: dropout is {p}, wanted 0 <= dropout < 1")
     if p > 0.0:
         if rng_state is None:
-            raise ValueError(f"{op}: dropout is {p} but rng_state is None, wanted an int64 (seed, step) tensor")
+            raise ValueError(
+                f"{op}: dropout is {p} but rng_state is None, wanted an int64 (seed, step) tensor"
+            )
         state(op, rng_state)

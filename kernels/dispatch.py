@@ -123,10 +123,10 @@ def use_implementation(implementation: str | None = None, **by_op: str) -> Itera
 
 
 def table(device: str) -> list[tuple[str, str, str]]:
-    """``(op, chosen implementation, why not the preferred one)`` for a device type; ``mage-fast env`` prints it."""
+    """``(op, chosen implementation, why not the preferred one)`` for a device type."""
     rows = []
     for op in OPS:
-        reasons = []
+        reasons: list[str] = []
         for name in PREFERENCE.get(device, ("reference",)):
             found = _find(op, name)
             if not isinstance(found, str):

@@ -17,8 +17,9 @@ element ``e`` of a tensor reads, in memory order,
   a block of its own and keys 1, 17, 33 ... start blocks (a kernel that starts its softmax from the class
   token sees aligned tiles).
 
-An element is kept iff its bits, as an unsigned integer, are >= the threshold round(p * 2**bits): the
-realised drop probability is threshold / 2**bits, and the scale 1 / (1 - realised) uses the realised one.
+An element is kept iff its bits, as an unsigned integer, are >= the threshold round(p * 2**bits), at most
+2**bits - 1: the realised drop probability is threshold / 2**bits, and the scale 1 / (1 - realised) uses the
+realised one.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def new_state(seed: int | None = None, step: int = 0, device: torch.device | str
 
 
 def threshold(p: float, bits: int) -> int:
-    """Smallest unsigned integer that is kept."""
-    return round(p * 2**bits)
+    """Smallest unsigned integer that is kept; there is one, so the scale is finite for every p < 1."""
+    return min(round(p * 2**bits), 2**bits - 1)
 
 
 def keep_scale(p: float, bits: int) -> float:
