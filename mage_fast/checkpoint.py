@@ -27,6 +27,7 @@ from mage_fast.storage import (
     replacing,
     save_pretrained,
     save_safetensors,
+    save_torch,
 )
 
 __all__ = [
@@ -42,7 +43,9 @@ __all__ = [
     "read_torch",
     "replacing",
     "save_pretrained",
+    "save_published",
     "save_safetensors",
+    "save_torch",
     "to_published",
 ]
 
@@ -160,6 +163,18 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise CheckpointError(f"{path}: wanted a dict whose key 'model' is a state dict")
     return state
+
+
+def save_published(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write a published state dict as :func:`load_published` reads it; the suffix chooses the format.
+
+    Raises:
+        CheckpointError: the folder does not exist or cannot be written.
+    """
+    if Path(path).suffix == ".safetensors":
+        save_safetensors(path, state, {"format": "pt"})
+    else:
+        save_torch(path, {"model": dict(state)})
 
 
 def infer_config(

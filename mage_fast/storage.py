@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import struct
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,11 @@ from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+#: What torch and its restricted unpickler raise on cut and overwritten files.
+_BROKEN_TORCH_FILE = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(OverflowError, MemoryError, struct.error),
+)
 
 
 class CheckpointError(ValueError):
@@ -106,6 +112,16 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
 
 
+def save_torch(path: str | Path, contents: Any) -> None:
+    """``torch.save``; the file appears whole or not at all.
+
+    Raises:
+        CheckpointError: the folder does not exist or cannot be written.
+    """
+    with _writing(path), replacing(path) as temporary, open(temporary, "xb") as file:
+        torch.save(contents, file)
+
+
 def read_torch(path: str | Path) -> Any:
     """The contents of a ``torch.save`` file with plain types, tensors and ``argparse.Namespace`` only.
 
@@ -117,11 +133,14 @@ def read_torch(path: str | Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds objects other than tensors, refused ({_one_line(error)})"
-        ) from error
-    # what torch and its restricted unpickler raise on a cut or overwritten file
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, struct.error) as error:
+        # named from the middle of torch's text: its first line advises loading the file without the check
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path}: refused, it holds {refused[1]}, wanted tensors and plain types only"
+            ) from error
+        raise CheckpointError(f"{path}: not a whole torch file (corrupt pickle)") from error
+    except _BROKEN_TORCH_FILE as error:
         raise CheckpointError(f"{path}: not a whole torch file ({_one_line(error)})") from error
 
 
