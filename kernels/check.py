@@ -11,7 +11,8 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def shape(op: str, name: str, x: Tensor, wanted: tuple[int | None, ...]) -> None:
     """Wanted sizes; None stands for any."""
     if x.dim() != len(wanted) or any(w is not None and s != w for s, w in zip(x.shape, wanted, strict=True)):
-        text = "(" + ", ".join("*" if w is None else str(w) for w in wanted) + ")"
+        text = ", ".join("*" if w is None else str(w) for w in wanted)
+        text = f"({text},)" if len(wanted) == 1 else f"({text})"
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, wanted {text}")
 
 
@@ -49,3 +50,21 @@ def dropout(op: str, p: float, rng_state: Tensor | None) -> None:
                 f"{op}: dropout is {p} but rng_state is None, wanted an int64 (seed, step) tensor"
             )
         state(op, rng_state)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation: an ordinary CPU tensor, outside tracing."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+    )
+
+
+def values(op: str, name: str, x: Tensor, low: int, high: int) -> None:
+    """Integers in [low, high), where that can be read without a synchronisation."""
+    if readable(x) and x.numel():
+        smallest, largest = (int(v) for v in torch.aminmax(x))
+        if smallest < low or largest >= high:
+            got = smallest if smallest < low else largest
+            raise ValueError(f"{op}: {name} holds {got}, wanted {low} <= {name} < {high}")

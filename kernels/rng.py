@@ -4,17 +4,19 @@ One counter scheme serves every backend, so that the same seed gives the same ma
 and, given equal logits, the same sampled ids on CPU, in the Triton interpreter and on CUDA:
 
     key     = seed (64 bits)
-    counter = (block & 0xffffffff, block >> 32 or row, stream, step)
+    counter = (block, row, stream, step)
 
 ``state`` is an int64 tensor ``(seed, step)`` on the device that draws. It is read there, never on the
-host, so a captured CUDA graph draws fresh numbers at each replay. A Philox block is four 32-bit words;
-element ``e`` of a tensor reads, in memory order,
+host, so a captured CUDA graph draws fresh numbers at each replay. A Philox block is four 32-bit words,
+read in memory order:
 
-* 32 bits  (mask plan, Gumbel noise): word ``e % 4`` of block ``e // 4``;
-* 16 bits  (dropout of activations):  half ``e % 8`` of block ``e // 8``;
-*  8 bits  (dropout of attention probabilities): row ``r = query * heads + head`` is the second counter
-  word; key ``k`` reads byte ``(k + 15) % 16`` of block ``(k + 15) // 16``, so the class token's key 0 has
-  a block of its own and keys 1, 17, 33 ... start blocks (a kernel that starts its softmax from the class
+* 32 bits  (mask plan, Gumbel noise): the row is the sample's index, so a sample's numbers do not depend on
+  the batch it is in; element ``e`` of the sample reads word ``e % 4`` of block ``e // 4``.
+* 16 bits  (dropout of activations): element ``e`` of the flattened tensor reads half ``e % 8`` of block
+  ``e // 8``, the row being 0 (the high word of a 64-bit block number).
+*  8 bits  (dropout of attention probabilities): the row is ``query * heads + head``, ``query`` the packed
+  row; key ``k`` reads byte ``(k + 15) % 16`` of block ``(k + 15) // 16``, so the class token's key 0 has a
+  block of its own and keys 1, 17, 33 ... start blocks (a kernel that starts its softmax from the class
   token sees aligned tiles).
 
 An element is kept iff its bits, as an unsigned integer, are >= the threshold round(p * 2**bits): the
@@ -75,20 +77,20 @@ def keep_scale(p: float, bits: int) -> float:
     return 1.0 / (1.0 - threshold(p, bits) / 2**bits)
 
 
-def words(state: Tensor, stream: int, count: int) -> Tensor:
-    """``count`` uniform 32-bit words as int64 in [0, 2**32)."""
-    blocks = philox(state, stream, 1, -(-count // 4))
-    return blocks.flatten()[:count].to(torch.int64) & 0xFFFFFFFF
+def words(state: Tensor, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
+    """Uniform 32-bit words as int64 in [0, 2**32), ``[rows, columns]``."""
+    blocks = philox(state, stream, rows, -(-columns // 4), first_high=first_row)
+    return blocks.flatten(1)[:, :columns].to(torch.int64) & 0xFFFFFFFF
 
 
-def uniform(state: Tensor, stream: int, count: int) -> Tensor:
+def uniform(state: Tensor, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
     """float32 in (0, 1): the top 23 bits plus a half, exact in float32, never 0 or 1."""
-    return ((words(state, stream, count) >> 9).float() + 0.5) * 2.0**-23
+    return ((words(state, stream, rows, columns, first_row) >> 9).float() + 0.5) * 2.0**-23
 
 
-def gumbel(state: Tensor, stream: int, count: int) -> Tensor:
+def gumbel(state: Tensor, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
     """float32 standard Gumbel noise, -log(-log(u))."""
-    return -torch.log(-torch.log(uniform(state, stream, count)))
+    return uniform(state, stream, rows, columns, first_row).log_().neg_().log_().neg_()
 
 
 def keep_mask(state: Tensor, stream: int, shape: torch.Size | tuple[int, ...], p: float) -> Tensor:

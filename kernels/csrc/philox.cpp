@@ -1,4 +1,4 @@
-// mage_fast_cpu::philox: the words of the counters (j, i, stream, step), i < high, j < low.
+// mage_fast_cpu::philox: the words of the counters (j, first_high + i, stream, step), i < high, j < low.
 #include "philox.h"
 
 #include <algorithm>
@@ -34,7 +34,7 @@ void write_blocks(const Call& call, int64_t row, int64_t column, uint32_t* out) 
   }
 }
 
-Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low) {
+Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low, int64_t first_high) {
   mage_fast::check_rng_state(state, "philox");
   const int64_t* seed_step = reinterpret_cast<const int64_t*>(state.data_ptr());
   const Call call{
@@ -53,9 +53,9 @@ Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low) {
       const int64_t run = std::min(end - block, low - column);  // blocks left in this row
       int64_t done = 0;
       for (; done + kLanes <= run; done += kLanes) {
-        write_blocks<kLanes>(call, row, column + done, out + (block + done) * 4);
+        write_blocks<kLanes>(call, first_high + row, column + done, out + (block + done) * 4);
       }
-      for (; done < run; ++done) write_blocks<1>(call, row, column + done, out + (block + done) * 4);
+      for (; done < run; ++done) write_blocks<1>(call, first_high + row, column + done, out + (block + done) * 4);
       block += run;
     }
   });
@@ -65,7 +65,7 @@ Tensor philox(const Tensor& state, int64_t stream, int64_t high, int64_t low) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mage_fast_cpu, m) {
-  m.def("philox(Tensor state, SymInt stream, SymInt high, SymInt low) -> Tensor");
+  m.def("philox(Tensor state, SymInt stream, SymInt high, SymInt low, SymInt first_high) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mage_fast_cpu, CPU, m) {

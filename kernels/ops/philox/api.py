@@ -10,9 +10,15 @@ from mage_fast.kernels import check, dispatch, library
 
 
 def philox(
-    state: Int64[Tensor, "2"], stream: int, high: int, low: int, *, implementation: str = "auto"
+    state: Int64[Tensor, "2"],
+    stream: int,
+    high: int,
+    low: int,
+    *,
+    first_high: int = 0,
+    implementation: str = "auto",
 ) -> Int32[Tensor, "high low 4"]:
-    """Philox-4x32-10 words for the counters ``(j, i, stream, step)``, ``i < high``, ``j < low``.
+    """Philox-4x32-10 words for the counters ``(j, first_high + i, stream, step)``, ``i < high``, ``j < low``.
 
     Equivalent PyTorch: :func:`mage_fast.kernels.ops.philox.reference.philox_4x32` on broadcast counters.
 
@@ -20,8 +26,9 @@ def philox(
         state: int64 ``(seed, step)`` on the device that draws; the key is the seed, ``step`` the last
             counter word. It is read on the device, so a replayed CUDA graph draws fresh numbers.
         stream: third counter word in [0, 2**32), see :func:`mage_fast.kernels.rng.stream`.
-        high: range of the second counter word.
-        low: range of the first counter word.
+        high: how many values of the second counter word.
+        low: how many values of the first counter word.
+        first_high: first value of the second counter word.
 
     Returns:
         The 32-bit words as int32 bit patterns, in memory order: viewed as uint8 they are 16 bytes a block.
@@ -32,16 +39,18 @@ def philox(
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     check.state("philox", state)
-    for name, value in (("stream", stream), ("high", high), ("low", low)):
+    for name, value in (("stream", stream), ("high", first_high + high), ("low", low)):
         if not 0 <= value <= 2**32:
             raise ValueError(f"philox: {name} is {value}, wanted 0 <= {name} <= 2**32")
-    return _philox(state, stream, high, low, dispatch.requested("philox", implementation))
+    return _philox(state, stream, high, low, first_high, dispatch.requested("philox", implementation))
 
 
-def _fake(state: Tensor, stream: int, high: int, low: int, implementation: str) -> Tensor:
+def _fake(state: Tensor, stream: int, high: int, low: int, first_high: int, implementation: str) -> Tensor:
     return torch.empty(high, low, 4, dtype=torch.int32, device=state.device)
 
 
 _philox = library.define(
-    "philox(Tensor state, SymInt stream, SymInt high, SymInt low, str implementation) -> Tensor", fake=_fake
+    "philox(Tensor state, SymInt stream, SymInt high, SymInt low, SymInt first_high, str implementation) "
+    "-> Tensor",
+    fake=_fake,
 )

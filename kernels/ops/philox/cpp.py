@@ -11,5 +11,5 @@ DEVICES = ("cpu",)
 load_extension()
 
 
-def philox(state: Tensor, stream: int, high: int, low: int) -> Tensor:
-    return torch.ops.mage_fast_cpu.philox(state, stream, high, low)
+def philox(state: Tensor, stream: int, high: int, low: int, first_high: int) -> Tensor:
+    return torch.ops.mage_fast_cpu.philox(state, stream, high, low, first_high)

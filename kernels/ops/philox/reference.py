@@ -27,9 +27,9 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[T
     return c0, c1, c2, c3
 
 
-def philox(state: Tensor, stream: int, high: int, low: int) -> Tensor:
+def philox(state: Tensor, stream: int, high: int, low: int, first_high: int) -> Tensor:
     seed, step = state[0], state[1]
-    i = torch.arange(high, device=state.device)[:, None].expand(high, low)
+    i = torch.arange(first_high, first_high + high, device=state.device)[:, None].expand(high, low)
     j = torch.arange(low, device=state.device)[None, :].expand(high, low)
     c2 = torch.full_like(i, stream)
     c3 = (step & _WORD).expand(high, low)

@@ -1,0 +1,144 @@
+"""``mask_plan``: which tokens of each sample are masked and dropped, as packed indices.
+
+Shape suffixes: B samples, L tokens a sample, S = L + 1 positions (0 is the class token), T packed encoder
+rows, N masked tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int, Int32, Int64
+from torch import Tensor
+
+from mage_fast.kernels import check, dispatch, library
+from mage_fast.kernels.ops.mask_plan.reference import plan_tensors
+
+
+class MaskPlan(NamedTuple):
+    """Indices that drive the encoder, the decoder's padding and the loss."""
+
+    #: Flat index ``b * S + p`` of each packed encoder row; a sample's class token first, then ascending.
+    positions_T: Int32[Tensor, "T"]
+    #: Packed rows of sample b: ``cu_seqlens[b] : cu_seqlens[b + 1]``.
+    cu_seqlens: Int32[Tensor, "B+1"]
+    #: Flat index ``b * L + l`` of each masked token, ascending; -1 fills up to ``total_masked``.
+    masked_index_N: Int32[Tensor, "N"]
+    #: Packed row that feeds each decoder position; -1 where the token is masked.
+    source_BS: Int32[Tensor, "B S"]
+    is_masked_BL: Bool[Tensor, "B L"]
+    #: Rows of the longest packed sequence, known on the host.
+    max_seqlen: int
+
+
+def mask_plan(
+    rng_state: Int64[Tensor, "2"],
+    num_masked_B: Int[Tensor, "B"],
+    num_dropped_B: Int[Tensor, "B"],
+    length: int,
+    *,
+    total_masked: int,
+    total_kept: int,
+    max_seqlen: int,
+    stream: int = 0,
+    implementation: str = "auto",
+) -> MaskPlan:
+    """Mask ``num_masked`` tokens of each sample at random and drop the first ``num_dropped`` of them.
+
+    Equivalent PyTorch::
+
+        rank = torch.rand(B, L).argsort(1).argsort(1)
+        is_masked, is_dropped = rank < num_masked[:, None], rank < num_dropped[:, None]
+        positions = torch.cat([ones(B, 1), ~is_dropped], 1).flatten().nonzero()
+        masked_index = is_masked.flatten().nonzero()
+
+    Args:
+        rng_state: int64 ``(seed, step)``.
+        num_masked_B: int32 or int64, masked tokens of each sample.
+        num_dropped_B: likewise; the encoder does not see these. ``0 <= dropped <= masked <= length``.
+        length: L, tokens a sample.
+        total_masked: size of ``masked_index_N``: the sum of ``num_masked``, or more (-1 fills up).
+        total_kept: T, the sum over samples of ``1 + length - num_dropped``. Given by the caller, who
+            knows the counts on the host, so that nothing waits for the device.
+        max_seqlen: the largest ``1 + length - num_dropped``.
+        stream: random stream; row of the counter is the sample.
+        implementation: ``"auto"`` or the name of one.
+
+    Returns:
+        A :class:`MaskPlan`, int32 indices. Counts are exact: ties of the random words are broken by position.
+
+    Raises:
+        ValueError: counts of another shape, or (read on the CPU only) out of range or not the totals given.
+        Unsupported: the forced implementation cannot run here.
+
+    Source: MAGE section 3.1, "Pre-training"; masking of spec "Masking (per training step)".
+    """
+    check.state("mask_plan", rng_state)
+    check.shape("mask_plan", "num_masked", num_masked_B, (None,))
+    check.shape("mask_plan", "num_dropped", num_dropped_B, tuple(num_masked_B.shape))
+    check.integer("mask_plan", "num_masked", num_masked_B)
+    check.integer("mask_plan", "num_dropped", num_dropped_B)
+    check.same_device("mask_plan", rng_state, num_masked=num_masked_B, num_dropped=num_dropped_B)
+    if length < 1:
+        raise ValueError(f"mask_plan: length is {length}, wanted at least 1")
+    check.values("mask_plan", "num_masked", num_masked_B, 0, length + 1)
+    check.values("mask_plan", "num_dropped", num_dropped_B, 0, length + 1)
+    if check.readable(num_masked_B) and check.readable(num_dropped_B):
+        if bool((num_dropped_B > num_masked_B).any()):
+            raise ValueError("mask_plan: num_dropped is over num_masked in a sample, wanted at most num_masked")
+        kept = (length + 1) * len(num_dropped_B) - int(num_dropped_B.sum())
+        masked = int(num_masked_B.sum())
+        longest = length + 1 - int(num_dropped_B.min()) if len(num_dropped_B) else 0
+        if total_kept != kept or total_masked < masked or max_seqlen < longest:
+            raise ValueError(
+                f"mask_plan: (total_kept, total_masked, max_seqlen) is "
+                f"{(total_kept, total_masked, max_seqlen)}, the counts give {(kept, masked, longest)}"
+            )
+    positions, cu_seqlens, masked_index, source, is_masked = _mask_plan(
+        rng_state, num_masked_B, num_dropped_B, length, total_masked, total_kept, stream,
+        dispatch.requested("mask_plan", implementation),
+    )  # fmt: skip
+    return MaskPlan(positions, cu_seqlens, masked_index, source, is_masked, max_seqlen)
+
+
+def plan_of_mask(
+    is_masked_BL: Bool[Tensor, "B L"], num_masked_B: Int[Tensor, "B"], *, drop_masked: bool
+) -> MaskPlan:
+    """The plan of a given mask (decoding, probing): nothing dropped, or every masked token.
+
+    Args:
+        is_masked_BL: bool mask on any device.
+        num_masked_B: its row sums, on the CPU.
+        drop_masked: whether the encoder sees masked tokens as [M] or not at all.
+
+    Raises:
+        ValueError: a mask that is not bool ``[B, L]``.
+    """
+    check.shape("plan_of_mask", "is_masked", is_masked_BL, (None, None))
+    check.dtype("plan_of_mask", "is_masked", is_masked_BL, (torch.bool,))
+    batch, length = is_masked_BL.shape
+    is_dropped_BL = is_masked_BL if drop_masked else torch.zeros_like(is_masked_BL)
+    kept_B = length + 1 - num_masked_B * int(drop_masked)
+    tensors = plan_tensors(is_masked_BL, is_dropped_BL, int(num_masked_B.sum()), int(kept_B.sum()))
+    return MaskPlan(*tensors, is_masked_BL, int(kept_B.max()) if batch else 0)
+
+
+def _fake(
+    state: Tensor, masked: Tensor, dropped: Tensor, length: int, total_masked: int, total_kept: int, *_: Any
+) -> tuple[Tensor, ...]:
+    batch = masked.shape[0]
+    return (
+        state.new_empty(total_kept, dtype=torch.int32),
+        state.new_empty(batch + 1, dtype=torch.int32),
+        state.new_empty(total_masked, dtype=torch.int32),
+        state.new_empty((batch, length + 1), dtype=torch.int32),
+        state.new_empty((batch, length), dtype=torch.bool),
+    )
+
+
+_mask_plan = library.define(
+    "mask_plan(Tensor rng_state, Tensor num_masked, Tensor num_dropped, SymInt length, SymInt total_masked, "
+    "SymInt total_kept, SymInt stream, str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)

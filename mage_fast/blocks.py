@@ -1,0 +1,98 @@
+"""The pre-norm transformer block, its MLP, and a stack of blocks over packed sequences.
+
+A block's last addition is fused with the *next* LayerNorm, so the stream between blocks is a pair: the
+residual ``x`` and ``normed``, the same rows normalised for whoever reads them next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mage_fast.attention import Attention
+from mage_fast.embedding import NORM_EPS
+from mage_fast.kernels import rng
+from mage_fast.kernels.ops.add_norm.api import add_norm
+from mage_fast.kernels.ops.bias_gelu.api import bias_gelu
+
+
+class Mlp(nn.Module):
+    """Linear, erf GELU, dropout, linear (the last dropout follows in add_norm)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float, layer: int) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.stream = rng.stream(rng.Stream.MLP_DROPOUT, layer)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_TD: Float[Tensor, "T D"], rng_state: Tensor | None) -> Float[Tensor, "T D"]:
+        """Row-wise."""
+        hidden_TF = F.linear(x_TD, self.fc1.weight)
+        dropout = self.dropout if self.training else 0.0
+        return self.fc2(
+            bias_gelu(hidden_TF, self.fc1.bias, dropout=dropout, rng_state=rng_state, stream=self.stream)
+        )
+
+
+class Block(nn.Module):
+    """x += drop(attention(norm1(x))); x += drop(mlp(norm2(x)))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, layer: int) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.attention_stream = rng.stream(rng.Stream.PROJECTION_DROPOUT, layer)
+        self.mlp_stream = rng.stream(rng.Stream.OUTPUT_DROPOUT, layer)
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention = Attention(width, heads, dropout, layer)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio), dropout, layer)
+
+    def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        normed_TD: Float[Tensor, "T D"],
+        next_norm: nn.LayerNorm,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rng_state: Tensor | None,
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+        """``(x, norm1(x))`` in, ``(x, next_norm(x))`` out."""
+        branch_TD = self.attention(normed_TD, cu_seqlens, max_seqlen, rng_state)
+        x_TD, normed_TD = self._add(branch_TD, x_TD, self.norm2, rng_state, self.attention_stream)
+        branch_TD = self.mlp(normed_TD, rng_state)
+        return self._add(branch_TD, x_TD, next_norm, rng_state, self.mlp_stream)
+
+    def _add(
+        self, branch_TD: Tensor, x_TD: Tensor, norm: nn.LayerNorm, rng_state: Tensor | None, stream: int
+    ) -> tuple[Tensor, Tensor]:
+        return add_norm(
+            branch_TD,
+            x_TD,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            dropout=self.dropout if self.training else 0.0,
+            rng_state=rng_state,
+            stream=stream,
+        )
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    last_norm: nn.LayerNorm,
+    x_TD: Float[Tensor, "T D"],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rng_state: Tensor | None,
+) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
+    """Yield ``(x, normed)`` after each block; the last block's ``normed`` is ``last_norm(x)``."""
+    first = blocks[0].norm1
+    normed_TD = F.layer_norm(x_TD, first.normalized_shape, first.weight, first.bias, first.eps)
+    next_norms = [block.norm1 for block in blocks[1:]] + [last_norm]
+    for block, next_norm in zip(blocks, next_norms, strict=True):
+        x_TD, normed_TD = block(x_TD, normed_TD, next_norm, cu_seqlens, max_seqlen, rng_state)
+        yield x_TD, normed_TD

@@ -1,0 +1,38 @@
+"""The encoder: transformer blocks over the packed kept tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mage_fast.blocks import Block, run_blocks
+from mage_fast.config import MAGEConfig
+from mage_fast.embedding import NORM_EPS
+from mage_fast.kernels.ops.mask_plan.api import MaskPlan
+
+
+class Encoder(nn.Module):
+    """``encoder_depth`` blocks and a final LayerNorm."""
+
+    def __init__(self, config: MAGEConfig) -> None:
+        super().__init__()
+        sizes = (config.encoder_width, config.encoder_heads, config.mlp_ratio, config.dropout)
+        self.blocks = nn.ModuleList(Block(*sizes, layer) for layer in range(config.encoder_depth))
+        self.norm = nn.LayerNorm(config.encoder_width, eps=NORM_EPS)
+
+    def forward(
+        self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, rng_state: Tensor | None
+    ) -> Float[Tensor, "T D"]:
+        """Normalised output of every packed row."""
+        states = run_blocks(self.blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state)
+        return deque(states, maxlen=1).pop()[1]
+
+    def block_output(
+        self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, block: int, rng_state: Tensor | None
+    ) -> Float[Tensor, "T D"]:
+        """The residual stream after block number ``block``, before any norm."""
+        states = run_blocks(self.blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state)
+        return next(islice(states, block, None))[0]

@@ -1,0 +1,51 @@
+"""The token head and the reconstruction loss (MAGE equation 1), at masked rows only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mage_fast.config import MAGEConfig
+from mage_fast.kernels.ops.bias_gelu.api import bias_gelu
+from mage_fast.kernels.ops.masked_cross_entropy.api import masked_cross_entropy
+
+
+class TokenHead(nn.Module):
+    """Linear, erf GELU, LayerNorm (eps 1e-5), then a product with the word embeddings plus a bias.
+
+    The word embeddings are shared with the encoder's input; no gradient reaches them from here.
+    """
+
+    def __init__(self, config: MAGEConfig) -> None:
+        super().__init__()
+        self.codebook_size = config.codebook_size
+        self.fc = nn.Linear(config.decoder_width, config.encoder_width)
+        self.norm = nn.LayerNorm(config.encoder_width, eps=1e-5)
+        self.bias = nn.Parameter(torch.zeros(1, 1, config.vocabulary_size))
+
+    def forward(
+        self, x_ND: Float[Tensor, "N D"], word_weight_VD: Float[Tensor, "V D"], columns: int | None = None
+    ) -> Float[Tensor, "N C"]:
+        """Logits over the first ``columns`` ids, the codebook's by default."""
+        columns = self.codebook_size if columns is None else columns
+        hidden_ND = self.norm(bias_gelu(F.linear(x_ND, self.fc.weight), self.fc.bias))
+        return F.linear(hidden_ND, word_weight_VD[:columns].detach(), self.bias[0, 0, :columns])
+
+
+def rows_of_tokens(x_BSD: Float[Tensor, "B S D"], index_N: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
+    """Rows of the tokens ``b * L + l`` out of sequences that start with a class token."""
+    length = x_BSD.shape[1] - 1
+    # token b * L + l stands in row b * (L + 1) + l + 1
+    return x_BSD.flatten(0, 1)[index_N + index_N // length + 1]
+
+
+def reconstruction_loss(
+    logits_NC: Float[Tensor, "N C"],
+    ids_BL: Int[Tensor, "B L"],
+    masked_index_N: Int[Tensor, "N"],
+    label_smoothing: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy with label smoothing, averaged over the masked tokens of the batch."""
+    return masked_cross_entropy(logits_NC, ids_BL.flatten()[masked_index_N], label_smoothing=label_smoothing)

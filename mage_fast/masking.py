@@ -1,0 +1,89 @@
+"""Mask ratios and counts, drawn on the host; the plan itself is drawn on the device by ``mask_plan``.
+
+The host draws the ratios from the same Philox as everything else, so it knows every count (encoder rows,
+masked rows) without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from mage_fast.config import MAGEConfig
+from mage_fast.kernels import rng
+from mage_fast.kernels.ops.mask_plan.api import MaskPlan, mask_plan
+
+
+def draw_mask_ratios(config: MAGEConfig, batch: int, rng_state: Int64[Tensor, "2"]) -> Float64[Tensor, "B"]:
+    """Mask ratios of a batch from the truncated normal law, by inversion of its distribution function.
+
+    Equivalent SciPy: ``truncnorm((min - mode) / std, (max - mode) / std, mode, std).rvs()``. With
+    ``mask_ratio_std = 0`` every ratio is the mode. One draw for all samples when ``ratio_per = "batch"``.
+
+    Args:
+        config: the model's configuration.
+        batch: number of samples.
+        rng_state: int64 ``(seed, step)`` on the CPU.
+
+    Source: MAGE section 3.1, "Masking"; mode 0.55, standard deviation 0.25, bounds [0.5, 1].
+    """
+    if config.mask_ratio_std == 0.0:
+        return torch.full((batch,), config.mask_ratio_mode, dtype=torch.float64)
+    rows = batch if config.ratio_per == "sample" else 1
+    u = rng.uniform(rng_state, rng.stream(rng.Stream.MASK_RATIO), rows, 1)[:, 0].double()
+    bounds = torch.tensor([config.mask_ratio_min, config.mask_ratio_max], dtype=torch.float64)
+    low, high = torch.special.ndtr((bounds - config.mask_ratio_mode) / config.mask_ratio_std)
+    z = torch.special.ndtri(low + u * (high - low))
+    ratio = (config.mask_ratio_mode + config.mask_ratio_std * z).clamp(*bounds.tolist())
+    return ratio.expand(batch)
+
+
+def check_mask_ratios(mask_ratios_B: Tensor, batch: int) -> None:
+    """Raises ValueError unless these are ``batch`` ratios in [0, 1] on the CPU."""
+    if tuple(mask_ratios_B.shape) != (batch,) or mask_ratios_B.device.type != "cpu":
+        raise ValueError(
+            f"mask_ratios: got shape {tuple(mask_ratios_B.shape)} on {mask_ratios_B.device}, "
+            f"wanted ({batch},) on the CPU"
+        )
+    if batch and not bool(((mask_ratios_B >= 0) & (mask_ratios_B <= 1)).all()):
+        wrong = mask_ratios_B[~((mask_ratios_B >= 0) & (mask_ratios_B <= 1))][0].item()
+        raise ValueError(f"mask_ratios: got {wrong}, wanted ratios in [0, 1]")
+
+
+def draw_plan(
+    config: MAGEConfig,
+    mask_ratios_B: Float64[Tensor, "B"],
+    rng_state: Int64[Tensor, "2"],
+) -> MaskPlan:
+    """The masking of a training step: ceil(ratio * L) tokens masked, ceil(drop_ratio * L) of them dropped.
+
+    In the ``"unmasked"`` mode every masked token is dropped. A ratio under ``drop_ratio`` drops what it
+    masks.
+
+    Args:
+        config: the model's configuration.
+        mask_ratios_B: on the CPU.
+        rng_state: int64 ``(seed, step)`` on the device of the model.
+    """
+    length = config.num_tokens
+    # a ratio like 0.7 times 10 is 7.000000000000001: round before ceil
+    masked_B = (mask_ratios_B.double() * length).mul(1e9).round().div(1e9).ceil().to(torch.int32)
+    if config.encoder_tokens == "unmasked":
+        dropped_B = masked_B
+    else:
+        dropped_B = masked_B.clamp(max=math.ceil(round(config.drop_ratio * length, 9)))
+    kept_B = length + 1 - dropped_B
+    device = rng_state.device
+    return mask_plan(
+        rng_state,
+        masked_B.to(device, non_blocking=True),
+        dropped_B.to(device, non_blocking=True),
+        length,
+        total_masked=int(masked_B.sum()),
+        total_kept=int(kept_B.sum()),
+        max_seqlen=int(kept_B.max()) if len(kept_B) else 0,
+        stream=rng.stream(rng.Stream.MASK_PLAN),
+    )

@@ -1,0 +1,275 @@
+"""MAGE: one model that learns image representations and generates images.
+
+The forward pass is the paper's, in one direction: ids -> mask plan -> embedding of the kept tokens ->
+encoder -> decoder -> head and loss at the masked tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor, nn
+
+from mage_fast import storage
+from mage_fast.config import MAGEConfig
+from mage_fast.decoder import Decoder
+from mage_fast.embedding import TokenEmbedding
+from mage_fast.encoder import Encoder
+from mage_fast.kernels import rng
+from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
+from mage_fast.loss import TokenHead, reconstruction_loss, rows_of_tokens
+from mage_fast.masking import check_mask_ratios, draw_mask_ratios, draw_plan
+from mage_fast.tokenizer import VQGAN, Tokenizer
+
+
+class MAGEOutput(NamedTuple):
+    """What a training forward gives."""
+
+    #: Mean over the masked tokens, to be minimised.
+    loss: Float[Tensor, ""]
+    #: Scores of the codebook's ids at the masked tokens, in the order of ``plan.masked_index_N``.
+    logits_NC: Float[Tensor, "N C"]
+    ids_BL: Int64[Tensor, "B L"]
+    plan: MaskPlan
+
+
+class MAGE(nn.Module):
+    """The masked generative encoder with its tokenizer.
+
+    >>> model = MAGE(MAGEConfig.vit_b())
+    >>> loss = model(images).loss                     # images [B, 3, 256, 256] in [0, 1]
+    >>> features = model.features(images)             # [B, 768]
+    >>> images = mage_fast.generate(model, 16)        # [16, 3, 256, 256]
+
+    The tokenizer is frozen. Pass ``tokenizer=`` for one of your own (see :class:`Tokenizer`).
+
+    Source: MAGE sections 3.1 and 3.2.
+    """
+
+    def __init__(self, config: MAGEConfig, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = TokenEmbedding(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.head = TokenHead(config)
+        self._initialize()
+        if tokenizer is None and config.tokenizer is not None:
+            tokenizer = VQGAN(config.tokenizer)
+        if tokenizer is not None and tokenizer.codebook_size != config.codebook_size:
+            raise ValueError(
+                f"MAGE: the tokenizer has {tokenizer.codebook_size} codes, the model {config.codebook_size}"
+            )
+        self.tokenizer = tokenizer
+        if isinstance(tokenizer, nn.Module):
+            tokenizer.requires_grad_(False)
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.decoder.position_embeddings, std=0.02)
+        if self.decoder.mask_token is not None:
+            nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    def tokenize(self, images_or_ids: Tensor) -> Int64[Tensor, "B L"]:
+        """Codebook ids of images ``[B, 3, H, W]`` in [0, 1]; ids ``[B, L]`` pass through.
+
+        Raises:
+            ValueError: neither of the two, or images for a model without a tokenizer.
+        """
+        length = self.config.num_tokens
+        if not images_or_ids.is_floating_point():
+            if images_or_ids.dim() != 2 or images_or_ids.shape[1] != length:
+                raise ValueError(f"MAGE: ids have shape {tuple(images_or_ids.shape)}, wanted (*, {length})")
+            _check_ids(images_or_ids, self.config)
+            return images_or_ids
+        if self.tokenizer is None:
+            raise ValueError("MAGE: got images, but this model has no tokenizer; give ids [B, L]")
+        with torch.no_grad():
+            return self.tokenizer.encode(images_or_ids)
+
+    def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
+        """Ids of the first position: ``codebook_size + label``, or the unconditional id.
+
+        Raises:
+            ValueError: a label outside ``[0, class_slots)``, or another number of labels than samples.
+        """
+        device = self.head.bias.device
+        if labels_B is None:
+            return torch.full((batch,), self.config.unconditional_class_id, device=device)
+        if tuple(labels_B.shape) != (batch,):
+            raise ValueError(f"MAGE: labels have shape {tuple(labels_B.shape)}, wanted ({batch},)")
+        if labels_B.device.type == "cpu" and batch:
+            outside = labels_B[(labels_B < 0) | (labels_B >= self.config.class_slots)]
+            if len(outside):
+                raise ValueError(
+                    f"MAGE: label {int(outside[0])} is outside the {self.config.class_slots} class slots"
+                )
+        return labels_B.to(device, torch.int64) + self.config.codebook_size
+
+    def forward(
+        self,
+        images_or_ids: Tensor,
+        labels_B: Int[Tensor, "B"] | None = None,
+        *,
+        mask_ratios_B: Float[Tensor, "B"] | None = None,
+        plan: MaskPlan | None = None,
+        rng_state: Int64[Tensor, "2"] | None = None,
+    ) -> MAGEOutput:
+        """The training loss of a batch.
+
+        Args:
+            images_or_ids: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``.
+            labels_B: class labels for class-conditional training; None is unconditional.
+            mask_ratios_B: mask ratios on the CPU; drawn from the configured law by default.
+            plan: a mask plan, in place of ratios.
+            rng_state: int64 ``(seed, step)`` that governs masks and dropout. Drawn from torch's global
+                generator by default, so that ``torch.manual_seed`` makes a run repeatable. Give it on the
+                CPU: ratios are drawn there, the rest on the model's device.
+
+        Raises:
+            ValueError: images or ids of a wrong shape, ids outside the codebook, ratios outside [0, 1].
+        """
+        ids_BL = self.tokenize(images_or_ids)
+        batch, device = ids_BL.shape[0], self.head.bias.device
+        if rng_state is None:
+            rng_state = rng.new_state()
+        if plan is None:
+            if mask_ratios_B is None:
+                if rng_state.device.type != "cpu":
+                    raise ValueError(
+                        "MAGE: rng_state is on the device, so mask_ratios are wanted (drawing them would wait for it)"
+                    )
+                mask_ratios_B = draw_mask_ratios(self.config, batch, rng_state)
+            check_mask_ratios(mask_ratios_B, batch)
+            rng_state = rng_state.to(device, non_blocking=True)
+            plan = draw_plan(self.config, mask_ratios_B, rng_state)
+        rng_state = rng_state.to(device, non_blocking=True)
+        x_BSD = self.decode_features(ids_BL, self.class_ids(labels_B, batch), plan, rng_state)
+        masked_ND = rows_of_tokens(x_BSD, plan.masked_index_N)
+        logits_NC = self.head(masked_ND, self.embedding.word_embeddings.weight)
+        loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
+        return MAGEOutput(loss, logits_NC, ids_BL, plan)
+
+    def decode_features(
+        self, ids_BL: Tensor, class_ids_B: Tensor, plan: MaskPlan, rng_state: Tensor | None
+    ) -> Float[Tensor, "B S D"]:
+        """Decoder output at every position (embedding, encoder, decoder)."""
+        x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
+        return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state)
+
+    def logits(
+        self,
+        ids_BL: Int[Tensor, "B L"],
+        is_masked_BL: Bool[Tensor, "B L"],
+        class_ids_B: Int[Tensor, "B"] | None = None,
+        *,
+        num_masked_B: Int[Tensor, "B"] | None = None,
+        rng_state: Int64[Tensor, "2"] | None = None,
+    ) -> Float[Tensor, "B L C"]:
+        """Scores of the codebook's ids at every token, given which are masked; nothing else is dropped.
+
+        In the ``"unmasked"`` mode the encoder sees the unmasked tokens only, as in training.
+
+        Args:
+            ids_BL: ids; what stands at masked tokens is not read.
+            is_masked_BL: bool.
+            class_ids_B: ids of the first position, see :meth:`class_ids`.
+            num_masked_B: row sums of the mask on the CPU; counted (waiting for the device) by default.
+            rng_state: int64 ``(seed, step)``; wanted in training mode with dropout.
+        """
+        if class_ids_B is None:
+            class_ids_B = self.class_ids(None, ids_BL.shape[0])
+        if num_masked_B is None:
+            num_masked_B = is_masked_BL.sum(1).cpu()
+        plan = plan_of_mask(
+            is_masked_BL, num_masked_B, drop_masked=self.config.encoder_tokens == "unmasked"
+        )
+        ids_BL = ids_BL.masked_fill(is_masked_BL, self.config.mask_token_id)
+        x_BSD = self.decode_features(ids_BL, class_ids_B, plan, rng_state)
+        return self.head(x_BSD[:, 1:], self.embedding.word_embeddings.weight)
+
+    def features(
+        self,
+        images_or_ids: Tensor,
+        *,
+        block: int | None = None,
+        pool: bool = True,
+        rng_state: Int64[Tensor, "2"] | None = None,
+    ) -> Tensor:
+        """Encoder features with nothing masked: mean of the token outputs after a block.
+
+        The class position is left out and the encoder's final norm is not used.
+
+        Args:
+            images_or_ids: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``.
+            block: which block's output, from 0; the last by default.
+            pool: False gives every token's feature, ``[B, L, D]``.
+            rng_state: int64 ``(seed, step)``; wanted in training mode with dropout.
+
+        Returns:
+            ``[B, D]``.
+
+        Raises:
+            ValueError: no such block.
+
+        Source: MAGE section 3.2 and figure 6.
+        """
+        depth = self.config.encoder_depth
+        block = depth - 1 if block is None else block
+        if not 0 <= block < depth:
+            raise ValueError(f"MAGE: block is {block}, wanted 0 <= block < {depth}")
+        ids_BL = self.tokenize(images_or_ids)
+        batch, length = ids_BL.shape
+        nothing_BL = torch.zeros(batch, length, dtype=torch.bool, device=ids_BL.device)
+        plan = plan_of_mask(nothing_BL, torch.zeros(batch, dtype=torch.int64), drop_masked=False)
+        x_TD = self.embedding(ids_BL, self.class_ids(None, batch), plan, rng_state)
+        x_TD = self.encoder.block_output(x_TD, plan, block, rng_state)
+        tokens_BLD = x_TD.view(batch, length + 1, -1)[:, 1:]
+        return tokens_BLD.mean(1) if pool else tokens_BLD
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``.
+
+        Raises:
+            CheckpointError: the folder cannot be made or written.
+        """
+        storage.save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> Self:
+        """A model from a folder of :meth:`save_pretrained`, or from a published ``.pth``.
+
+        Args:
+            path: the folder or file.
+            tokenizer: yours, for a model that was saved with one of its own kind.
+
+        Raises:
+            CheckpointError: missing, truncated or of another width.
+        """
+        if Path(path).is_dir():
+            values, state = storage.load_pretrained(path)
+            config = MAGEConfig.from_dict(values)
+        else:
+            from mage_fast import checkpoint  # it imports this module for the names and shapes
+
+            state, config = checkpoint.from_published(checkpoint.load_published(path), source=path)
+        with torch.device("meta"):  # the checkpoint's tensors become the parameters
+            model = cls(config, tokenizer)
+        storage.load_state(model, state, path, assign=True)
+        return model
+
+
+def _check_ids(ids_BL: Tensor, config: MAGEConfig) -> None:
+    if ids_BL.device.type == "cpu" and not torch.compiler.is_compiling() and ids_BL.numel():
+        low, high = (int(v) for v in torch.aminmax(ids_BL))
+        if low < 0 or high >= config.codebook_size:
+            got = low if low < 0 else high
+            raise ValueError(f"MAGE: ids hold {got}, wanted 0 <= id < {config.codebook_size} (the codebook)")
