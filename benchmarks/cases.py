@@ -72,7 +72,8 @@ def _module(op: str, name: str) -> Any:
 
 def _arguments(spec: Any) -> dict[str, Any]:
     accepted = inspect.signature(spec.inputs).parameters
-    return {k: v for k, v in {"dtype": DTYPE, "device": DEVICE}.items() if k in accepted}
+    floating = "dtype" in accepted and accepted["dtype"].default.is_floating_point
+    return {"device": DEVICE} | ({"dtype": DTYPE} if floating else {})
 
 
 def inputs(spec: Any) -> dict[str, Any]:
