@@ -38,15 +38,6 @@ def features(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def id_range(op: str, name: str, ids: Tensor, low: int, high: int) -> None:
-    """Every id in [low, high). Looks at CPU values only: elsewhere the look would wait for the device."""
-    if torch.compiler.is_compiling() or type(ids) is not Tensor or not ids.is_cpu or ids.numel() == 0:
-        return
-    for found in map(int, ids.aminmax()):
-        if not low <= found < high:
-            raise ValueError(f"{op}: {name} holds the id {found}, wanted {low} <= id < {high}")
-
-
 def same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
     for name, x in others.items():
         if x is not None and x.device != first.device:

@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mage_fast.errors import CheckpointError
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 #: What torch and its restricted unpickler raise on cut and overwritten files.
@@ -26,10 +28,6 @@ _BROKEN_TORCH_FILE = (
     *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
     *(OverflowError, MemoryError, struct.error),
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and says why in one line."""
 
 
 @contextmanager

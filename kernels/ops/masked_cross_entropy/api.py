@@ -53,7 +53,7 @@ def masked_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}, wanted 0 <= label_smoothing <= 1")
     check.same_device(op, logits_NC, targets=targets_N)
-    check.id_range(op, "targets", targets_N, -1, logits_NC.shape[1])
+    check.values(op, "targets", targets_N, -1, logits_NC.shape[1])
     implementation = dispatch.requested(op, implementation)
     return _masked_cross_entropy(logits_NC, targets_N, label_smoothing, implementation)[0]
 

@@ -67,8 +67,8 @@ def pad_decoder(
         check.shape(op, "mask_token", mask_token_D, (features,))
         check.floating(op, "mask_token", mask_token_D)
     else:
-        check.id_range(op, "cu_seqlens[:-1]", cu_seqlens[:-1], 0, rows)
-    check.id_range(op, "source", source_BS, -1, rows)
+        check.values(op, "cu_seqlens[:-1]", cu_seqlens[:-1], 0, rows)
+    check.values(op, "source", source_BS, -1, rows)
     check.same_device(
         op,
         encoded_TD,
