@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import re
 import struct
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mage_fast.errors import CheckpointError
+from mage_fast.files import atomic_path
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -28,18 +27,6 @@ _BROKEN_TORCH_FILE = (
     *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
     *(OverflowError, MemoryError, struct.error),
 )
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; the file written there takes its place if the block succeeds."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -94,7 +81,7 @@ def save_safetensors(
     Raises:
         CheckpointError: the folder does not exist or cannot be written.
     """
-    with _writing(path), replacing(path) as temporary:
+    with _writing(path), atomic_path(path) as temporary:
         _write_safetensors(temporary, state, metadata)
 
 
@@ -116,7 +103,7 @@ def save_torch(path: str | Path, contents: Any) -> None:
     Raises:
         CheckpointError: the folder does not exist or cannot be written.
     """
-    with _writing(path), replacing(path) as temporary, open(temporary, "xb") as file:
+    with _writing(path), atomic_path(path) as temporary, open(temporary, "xb") as file:
         torch.save(contents, file)
 
 
@@ -155,8 +142,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     config: Any = model.config
     with _writing(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
-        config_path = stack.enter_context(replacing(folder / CONFIG_NAME))
-        weights_path = stack.enter_context(replacing(folder / WEIGHTS_NAME))
+        config_path = stack.enter_context(atomic_path(folder / CONFIG_NAME))
+        weights_path = stack.enter_context(atomic_path(folder / WEIGHTS_NAME))
         _write_safetensors(weights_path, model.state_dict(), {"format": "pt"})
         config_path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 

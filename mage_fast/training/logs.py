@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mage_fast.training.files import atomic_path
+from mage_fast.files import atomic_path
 
 METRICS_FILE = "metrics.jsonl"
 

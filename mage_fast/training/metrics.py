@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mage_fast.errors import InputError
-from mage_fast.training.files import atomic_path
+from mage_fast.files import atomic_path
 
 
 def frechet_distance(features_a: Float[Tensor, "N D"], features_b: Float[Tensor, "M D"]) -> float:

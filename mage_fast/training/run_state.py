@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mage_fast.errors import CheckpointError
-from mage_fast.training.files import atomic_path
+from mage_fast.files import atomic_path
 from mage_fast.training.optim import Ema
 
 FORMAT = "mage_fast.run_state"

@@ -21,7 +21,7 @@ from jaxtyping import Integer
 from torch import Tensor, nn
 
 from mage_fast.errors import InputError
-from mage_fast.training.files import atomic_path
+from mage_fast.files import atomic_path
 
 FORMAT = "mage_fast.token_cache"
 VERSION = 1
