@@ -127,7 +127,10 @@ class TestPhilox:
         ({"stream": -1}, "philox: stream is -1, wanted 0 <= stream < "),
         ({"stream": 2**32}, "philox: stream is 4294967296, wanted 0 <= stream < "),
         ({"high": -1}, "philox: high is -1, wanted 0 <= high <= "),
-        ({"first_high": 2**32}, r"philox: first_high \+ high is 4294967297, wanted 0 <= first_high \+ high <= "),
+        (
+            {"first_high": 2**32},
+            r"philox: first_high \+ high is 4294967297, wanted 0 <= first_high \+ high <= ",
+        ),
         ({"low": 2**32 + 1}, "philox: low is 4294967297, wanted 0 <= low <= "),
     ],
 )

@@ -127,11 +127,18 @@ def test_new_state() -> None:
 
 
 def test_uniform_law() -> None:
-    assert scipy.stats.kstest(rng.uniform(state(1), 1, 4, COUNT // 4).flatten().numpy(), "uniform").pvalue > 1e-4
+    assert (
+        scipy.stats.kstest(rng.uniform(state(1), 1, 4, COUNT // 4).flatten().numpy(), "uniform").pvalue > 1e-4
+    )
 
 
 def test_gumbel_law() -> None:
-    assert scipy.stats.kstest(rng.gumbel(state(2), 1, 4, COUNT // 4).flatten().double().numpy(), "gumbel_r").pvalue > 1e-4
+    assert (
+        scipy.stats.kstest(
+            rng.gumbel(state(2), 1, 4, COUNT // 4).flatten().double().numpy(), "gumbel_r"
+        ).pvalue
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
