@@ -37,7 +37,8 @@ def draw_mask_ratios(config: MAGEConfig, batch: int, rng_state: Int64[Tensor, "2
     std = config.mask_ratio_std * (-1.0 if config.mask_ratio_min > config.mask_ratio_mode else 1.0)
     at_min, at_max = torch.special.ndtr((bounds - config.mask_ratio_mode) / std)
     z = torch.special.ndtri(at_min + u * (at_max - at_min))
-    return (config.mask_ratio_mode + std * z).clamp(*bounds.tolist()).expand(batch)
+    ratio = config.mask_ratio_mode + std * z
+    return ratio.clamp(config.mask_ratio_min, config.mask_ratio_max).expand(batch)
 
 
 def token_counts(ratios_B: Float[Tensor, "B"], length: int) -> Int64[Tensor, "B"]:
@@ -58,7 +59,7 @@ def check_mask_ratios(mask_ratios_B: Tensor, batch: int) -> None:
         )
     if batch and not bool(((mask_ratios_B >= 0) & (mask_ratios_B <= 1)).all()):
         wrong = mask_ratios_B[~((mask_ratios_B >= 0) & (mask_ratios_B <= 1))][0].item()
-        raise ValueError(f"mask_ratios: got {wrong}, wanted ratios in [0, 1]")
+        raise ValueError(f"mask_ratios: got {wrong:.6g}, wanted ratios in [0, 1]")
 
 
 def draw_plan(
