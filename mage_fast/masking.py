@@ -6,12 +6,14 @@ masked rows) without waiting for the device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mage_fast.config import MAGEConfig
-from mage_fast.kernels import rng
+from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, mask_plan
 
 
@@ -35,7 +37,8 @@ def draw_mask_ratios(config: MAGEConfig, batch: int, rng_state: Int64[Tensor, "2
     bounds = torch.tensor([config.mask_ratio_min, config.mask_ratio_max], dtype=torch.float64)
     # bounds over the mode are mirrored: the distribution function is exact near 0, not near 1
     std = config.mask_ratio_std * (-1.0 if config.mask_ratio_min > config.mask_ratio_mode else 1.0)
-    at_min, at_max = torch.special.ndtr((bounds - config.mask_ratio_mode) / std)
+    # erfc, not ndtr, which rounds its tails to 0
+    at_min, at_max = 0.5 * torch.special.erfc((config.mask_ratio_mode - bounds) / (std * math.sqrt(2)))
     z = torch.special.ndtri(at_min + u * (at_max - at_min))
     ratio = config.mask_ratio_mode + std * z
     return ratio.clamp(config.mask_ratio_min, config.mask_ratio_max).expand(batch)
@@ -44,22 +47,24 @@ def draw_mask_ratios(config: MAGEConfig, batch: int, rng_state: Int64[Tensor, "2
 def token_counts(ratios_B: Float[Tensor, "B"], length: int) -> Int64[Tensor, "B"]:
     """ceil(ratio * length), whatever a ratio like 0.6 is in binary.
 
-    A ratio up to 1e-6 over a whole number of tokens is that number: 0.6 in float32 is a little more than
-    0.6, and still 6 tokens of 10.
+    Ratios are taken as exact to their dtype's rounding: 0.6 in float32 is a little more than 0.6, and still
+    6 tokens of 10.
     """
-    return ((ratios_B.double() - 1e-6) * length).ceil().clamp(min=0).to(torch.int64)
+    rounding = 2 * torch.finfo(ratios_B.dtype).eps
+    return ((ratios_B.double() - rounding) * length).ceil().clamp(min=0).to(torch.int64)
 
 
 def check_mask_ratios(mask_ratios_B: Tensor, batch: int) -> None:
     """Raises ValueError unless these are ``batch`` ratios in [0, 1] on the CPU."""
+    check.dtype("MAGE", "mask_ratios", mask_ratios_B, (torch.float64, torch.float32))
     if tuple(mask_ratios_B.shape) != (batch,) or mask_ratios_B.device.type != "cpu":
         raise ValueError(
-            f"mask_ratios: got shape {tuple(mask_ratios_B.shape)} on {mask_ratios_B.device}, "
+            f"MAGE: mask_ratios has shape {tuple(mask_ratios_B.shape)} on {mask_ratios_B.device}, "
             f"wanted ({batch},) on the CPU"
         )
     if batch and not bool(((mask_ratios_B >= 0) & (mask_ratios_B <= 1)).all()):
         wrong = mask_ratios_B[~((mask_ratios_B >= 0) & (mask_ratios_B <= 1))][0].item()
-        raise ValueError(f"mask_ratios: got {wrong:.6g}, wanted ratios in [0, 1]")
+        raise ValueError(f"MAGE: mask_ratios holds {wrong:.6g}, wanted ratios in [0, 1]")
 
 
 def draw_plan(
