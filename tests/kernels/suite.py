@@ -166,16 +166,13 @@ class OpSuite:
     """Subclass as ``class TestOp(OpSuite)``."""
 
     op: str
+    #: staticmethod: the op in plain PyTorch, with autograd, on inputs of any floating dtype.
+    oracle: Callable[..., Any]
     #: id -> (changes to the first tiny spec's inputs, the ValueError's message)
     bad: dict[str, tuple[dict, str]] = {}  # noqa: RUF012
     #: Size of the terms that cancel in the op: results smaller than it are compared as if they were as large.
     floor = 0.0
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-    @staticmethod
-    def oracle(**inputs: Any) -> Any:
-        """The op in plain PyTorch, with autograd, on inputs of any floating dtype."""
-        raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         tiny = [s for s in self.specs() if s.name.startswith("tiny")]
@@ -259,15 +256,36 @@ class OpSuite:
                 args = tree_map_only(Tensor, Tensor.detach, args)
             torch.library.opcheck(call, args)
 
+    def test_fake_strides(self, target: Target, tiny: Any, layout: Callable) -> None:
+        """What the fake promises of the results' strides holds for strided inputs and gradients too."""
+        inputs = tree_map_only(
+            Tensor, lambda x: layout(x.detach()), tiny.inputs(torch.float32, target.device)
+        )
+        for name, x in tiny.inputs().items():
+            if isinstance(x, Tensor):
+                inputs[name].requires_grad_(x.requires_grad)
+        with _Recorder() as recorder:
+            differentiate(self.function(target), inputs, layout)
+        for call, args in recorder.calls:
+            meta = tree_map_only(Tensor, lambda x: x.detach().to("meta"), args)
+            with torch.no_grad():
+                real, fake = tensors(call(*args)), tensors(call(*meta))
+            for a, b in zip(real, fake, strict=True):
+                assert (a.shape, a.dtype) == (b.shape, b.dtype)
+                if a.numel():
+                    assert all(
+                        s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1
+                    )
+
     def test_second_derivative_is_refused(self, target: Target, tiny: Any) -> None:
         inputs = tiny.inputs(torch.float32, target.device)
         leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
         if not leaves:
             pytest.skip(f"{self.op} has no gradient")
-        loss = sum(y.square().sum() for y in tensors(self.function(target)(**inputs)) if y.requires_grad)
-        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        outputs = [y for y in tensors(self.function(target)(**inputs)) if y.requires_grad]
+        grads = torch.autograd.grad([y.square().sum() for y in outputs], leaves, create_graph=True)
         with pytest.raises(NotImplementedError, match=f"{self.op} has no second derivative"):
-            torch.autograd.grad(sum(grad.sum() for grad in grads), leaves)
+            torch.autograd.grad([grad.sum() for grad in grads], leaves)
 
     def test_gradcheck(self, tiny: Any) -> None:
         inputs = tiny.inputs(torch.float64)
