@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mage_fast.kernels import dispatch
 
@@ -32,6 +33,7 @@ def define(
 
     The op ``f`` or ``f_backward`` runs the function of that name in the selected implementation module,
     without its last argument and with autocast off (implementations choose their own accumulation dtype).
+    ``f_backward`` itself has no derivative: asking for one raises NotImplementedError.
 
     Returns:
         The op, to be called as a function.
@@ -41,7 +43,7 @@ def define(
 
     def run(*args: Any) -> Any:
         *inputs, implementation = args
-        device = next(a for a in inputs if isinstance(a, torch.Tensor)).device.type
+        device = next(a for a in inputs if isinstance(a, Tensor)).device.type
         module = dispatch.select(op, implementation, device, name, tuple(inputs))
         autocast = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
@@ -51,6 +53,11 @@ def define(
     _library.impl(name, run, "CompositeExplicitAutograd")
     qualified = f"mage_fast::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
+    if name != op:
+        # without an autograd kernel torch would differentiate through the body and forget the saved tensors
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            raise NotImplementedError(f"{op} has no second derivative (create_graph was given)")
+
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.mage_fast, name)

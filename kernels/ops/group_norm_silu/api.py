@@ -43,14 +43,16 @@ def group_norm_silu(
         (float64 for float64).
 
     Raises:
-        ValueError: shapes that disagree, a dtype that is not floating, ``num_groups`` that does not divide
-            the channels.
+        ValueError: shapes that disagree, no pixel, a dtype that is not floating, ``num_groups`` that does not
+            divide the channels.
         Unsupported: the forced implementation cannot run here.
 
     Source: residual blocks of the VQGAN tokenizer (Esser et al., "Taming transformers", 2021).
     """
     op = "group_norm_silu"
     check.shape(op, "x", x_NCHW, (None, None, None, None))
+    if x_NCHW.shape[2] * x_NCHW.shape[3] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x_NCHW.shape)}, wanted at least one pixel")
     check.floating(op, "x", x_NCHW)
     channels = x_NCHW.shape[1]
     if num_groups < 1 or channels < 1 or channels % num_groups:

@@ -29,7 +29,8 @@ def group_norm_silu(
     accumulate = torch.promote_types(x_NCHW.dtype, torch.float32)
     y_NCHW, mean_NG, rstd_NG = torch.native_group_norm(
         x_NCHW.to(accumulate).contiguous(memory_format=_norm_format(x_NCHW)),
-        weight_C.to(accumulate), bias_C.to(accumulate), n, c, h * w, num_groups, eps,
+        weight_C.to(accumulate).contiguous(), bias_C.to(accumulate).contiguous(),
+        n, c, h * w, num_groups, eps,
     )  # fmt: skip
     out_NCHW = F.silu(y_NCHW, inplace=True).to(x_NCHW.dtype)
     return out_NCHW.contiguous(memory_format=memory_format(x_NCHW)), mean_NG, rstd_NG
@@ -47,7 +48,7 @@ def group_norm_silu_backward(
     n, c, h, w = x_NCHW.shape
     accumulate, format = mean_NG.dtype, _norm_format(x_NCHW)
     x_acc_NCHW = x_NCHW.to(accumulate).contiguous(memory_format=format)
-    weight_acc_C = weight_C.to(accumulate)
+    weight_acc_C = weight_C.to(accumulate).contiguous()
     # the normalised y again, as one scale and one shift a channel: y = x * scale + shift
     scale_NC = rstd_NG.repeat_interleave(c // num_groups, 1) * weight_acc_C
     shift_NC = bias_C.to(accumulate) - mean_NG.repeat_interleave(c // num_groups, 1) * scale_NC
