@@ -263,9 +263,10 @@ class _Batches(Dataset[_Received]):
 
 def _received(loader: DataLoader[_Received], source: Source) -> Generator[Batch, None, None]:
     """Batches out of what the workers send; damaged files are noted on the way, a sum of them at the end."""
-    noted, yielded = len(source.bad_files), 0
+    noted, received, yielded = len(source.bad_files), 0, 0
     try:
         for batch, bad_files in loader:
+            received += 1
             for name, reason in bad_files.items():
                 source.report_bad(name, reason)
             if isinstance(batch, InputError):
@@ -273,7 +274,7 @@ def _received(loader: DataLoader[_Received], source: Source) -> Generator[Batch,
             if len(batch.labels):
                 yielded += 1
                 yield batch
-        if len(source.bad_files) > noted and not yielded:
+        if received and not yielded:  # only bad files empty a batch
             raise InputError(f"{source.spec}: none of its {len(source)} images is readable")
     finally:
         if len(source.bad_files) > noted:

@@ -6,6 +6,7 @@ tensors are ``optimizer.<parameter index>.<name>``. Everything else is JSON in t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -116,6 +117,15 @@ def load_run_state(path: Path | str, /, **parts: Part) -> RunState:
     for part, values in loads:
         part.load_state_dict(values)
     return RunState(header["step"], header["epoch"], header["config"], header["extra"])
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a module's state: tells one tokenizer from another."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_header(path: Path) -> dict[str, Any]:
