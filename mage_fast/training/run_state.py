@@ -191,6 +191,7 @@ def _optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, T
     return tensors, {"groups": groups, "scalars": scalars}
 
 
+@torch.no_grad()
 def _optimizer_from_tensors(
     where: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> dict[str, Any]:
@@ -203,10 +204,14 @@ def _optimizer_from_tensors(
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | saved["scalars"]).items():
         index, _, name = key.partition(".")
-        if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(index)].shape:
-            raise CheckpointError(
-                f"{where}.{key} has shape {tuple(value.shape)}, wanted {tuple(parameters[int(index)].shape)}"
-            )
+        if isinstance(value, Tensor) and value.ndim:
+            parameter = parameters[int(index)]
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{where}.{key} has shape {tuple(value.shape)}, wanted {tuple(parameter.shape)}"
+                )
+            # The parameter's own strides (channels_last): fused kernels walk all of them in memory order.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     groups = [
         {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}

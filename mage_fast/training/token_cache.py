@@ -46,7 +46,7 @@ class TokenCacheWriter:
         codebook_size: ids lie in [0, codebook_size).
         views: augmented views an item.
         shard_size: items a shard.
-        tokenizer_fingerprint: which tokenizer made the ids, see :func:`mage_fast.training.run_state.module_fingerprint`.
+        tokenizer_fingerprint: which tokenizer made the ids, see ``run_state.module_fingerprint``.
         augmentation: what the views are, in words.
         class_names: names of the labels; empty for unlabelled data.
         split: which split of the data source the items are ("all": readers split it).

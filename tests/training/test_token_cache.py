@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -78,10 +79,10 @@ def test_round_trip(
 def test_an_interrupted_writer_goes_on(tmp_path: Path) -> None:
     ids = torch.randint(0, 100, (11, 4))
     settings: dict[str, Any] = {"length": 4, "codebook_size": 100, "shard_size": 4}
-    with pytest.raises(RuntimeError, match="crash"), TokenCacheWriter(tmp_path, **settings) as writer:
+    with contextlib.suppress(ZeroDivisionError), TokenCacheWriter(tmp_path, **settings) as writer:
         writer.append(ids[:6], torch.arange(6))
         assert writer.next_item == 6
-        raise RuntimeError("crash")
+        raise ZeroDivisionError
     with pytest.raises(InputError, match=r"unfinished \(4 items\)"):
         TokenCache(tmp_path)
     for name, value in (("length", 5), ("codebook_size", 101), ("tokenizer_fingerprint", "other")):
@@ -131,7 +132,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         TokenCache(tmp_path)
     TokenCache(tmp_path, verify=False)
     shard.unlink()
-    with pytest.raises(InputError, match="ids-00001.bin is missing"):
+    with pytest.raises(InputError, match=r"ids-00001.bin is missing"):
         TokenCache(tmp_path)
     shard.symlink_to(tmp_path / "ids-00000.bin")
     with pytest.raises(InputError, match="a link"):
@@ -139,7 +140,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     shard.unlink()
     shard.write_bytes(whole)
     (tmp_path / "labels-00002.bin").write_bytes(b"1234567")
-    with pytest.raises(InputError, match="labels-00002.bin has 7 bytes, wanted 16"):
+    with pytest.raises(InputError, match=r"labels-00002.bin has 7 bytes, wanted 16"):
         TokenCache(tmp_path)
 
 
