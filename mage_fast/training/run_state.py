@@ -67,7 +67,8 @@ def save_run_state(path: Path | str, state: RunState, /, **parts: Part) -> None:
             _read_header(temporary)
     except (OSError, safetensors.SafetensorError) as error:
         kept = "; the previous state is still there" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path}: {error}{kept}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {path}: {reason}{kept}") from error
 
 
 def read_run_state(path: Path | str) -> RunState:

@@ -233,7 +233,7 @@ source = open_source("digits", image_size=8)
 with RunLogger(sys.argv[1], 10000, "x", tensorboard=False) as logger:
     result = train(
         step_fn, total_steps=10000, logger=logger, save=lambda step: print("saved", step, flush=True),
-        batches_from=lambda step: training_batches(source, 4, image_size=8, step=step, workers=2),
+        batches_from=lambda step: training_batches(source, 4, step=step, workers=2),
     )
 sys.exit(0 if result.stopped_by == "Ctrl-C" else 1)
 """
