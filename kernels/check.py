@@ -30,6 +30,14 @@ def integer(op: str, name: str, x: Tensor) -> None:
     dtype(op, name, x, (torch.int64, torch.int32))
 
 
+def features(op: str, name: str, x: Tensor) -> None:
+    """At least one feature in a last dimension."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, wanted (..., features) with features >= 1"
+        )
+
+
 def same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
     for name, x in others.items():
         if x is not None and x.device != first.device:

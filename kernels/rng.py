@@ -19,8 +19,10 @@ read in memory order:
   block of its own and keys 1, 17, 33 ... start blocks (a kernel that starts its softmax from the class
   token sees aligned tiles).
 
-An element is kept iff its bits, as an unsigned integer, are >= the threshold round(p * 2**bits): the
-realised drop probability is threshold / 2**bits, and the scale 1 / (1 - realised) uses the realised one.
+An element is kept iff its bits, as a two's-complement integer, are >= threshold - 2**(bits - 1), where
+threshold = round(p * 2**bits), at most 2**bits - 1: the realised drop probability is threshold / 2**bits,
+and the scale 1 / (1 - realised) uses it. (Signed, so that every backend compares the words as they lie in
+memory, without widening them.)
 """
 
 from __future__ import annotations
@@ -68,13 +70,17 @@ def new_state(seed: int | None = None, step: int = 0, device: torch.device | str
 
 
 def threshold(p: float, bits: int) -> int:
-    """Smallest unsigned integer that is kept."""
-    return round(p * 2**bits)
+    """How many of the 2**bits values are dropped; one is always kept, so the scale is finite for p < 1."""
+    return min(round(p * 2**bits), 2**bits - 1)
 
 
 def keep_scale(p: float, bits: int) -> float:
     """Scale of the kept elements, 1 / (1 - realised p)."""
     return 1.0 / (1.0 - threshold(p, bits) / 2**bits)
+
+
+def _least_kept(p: float, bits: int) -> int:
+    return threshold(p, bits) - 2 ** (bits - 1)
 
 
 def words(state: Tensor, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
@@ -97,15 +103,15 @@ def keep_mask(state: Tensor, stream: int, shape: torch.Size | tuple[int, ...], p
     """bool, True where an activation is kept (16 bits an element)."""
     count = torch.Size(shape).numel()
     blocks = philox(state, stream, 1, -(-count // 8))
-    halves = blocks.view(torch.int16).flatten()[:count].to(torch.int32) & 0xFFFF
-    return (halves >= threshold(p, ACTIVATION_BITS)).view(shape)
+    halves = blocks.view(torch.int16).flatten()[:count]
+    return (halves >= _least_kept(p, ACTIVATION_BITS)).view(shape)
 
 
 def keep_mask_attention(state: Tensor, stream: int, rows: int, keys: int, p: float) -> Tensor:
     """bool ``[rows, keys]``, True where an attention probability is kept (8 bits a probability)."""
     blocks = philox(state, stream, rows, -(-(keys + ATTENTION_KEY_OFFSET) // 16))
-    octets = blocks.view(torch.uint8).flatten(1)[:, ATTENTION_KEY_OFFSET : ATTENTION_KEY_OFFSET + keys]
-    return octets >= threshold(p, ATTENTION_BITS)
+    octets = blocks.view(torch.int8).flatten(1)[:, ATTENTION_KEY_OFFSET : ATTENTION_KEY_OFFSET + keys]
+    return octets >= _least_kept(p, ATTENTION_BITS)
 
 
 def dropout(x: Tensor, state: Tensor | None, stream: int, p: float) -> Tensor:
@@ -113,4 +119,4 @@ def dropout(x: Tensor, state: Tensor | None, stream: int, p: float) -> Tensor:
     if p == 0.0:
         return x
     assert state is not None
-    return x * keep_mask(state, stream, x.shape, p) * keep_scale(p, ACTIVATION_BITS)
+    return keep_mask(state, stream, x.shape, p).to(x.dtype).mul_(keep_scale(p, ACTIVATION_BITS)).mul_(x)

@@ -24,9 +24,9 @@ from mage_fast.storage import (
     load_state,
     read_safetensors,
     read_torch,
-    replacing,
     save_pretrained,
     save_safetensors,
+    save_torch,
 )
 
 __all__ = [
@@ -40,9 +40,10 @@ __all__ = [
     "our_shapes",
     "read_safetensors",
     "read_torch",
-    "replacing",
     "save_pretrained",
+    "save_published",
     "save_safetensors",
+    "save_torch",
     "to_published",
 ]
 
@@ -160,6 +161,18 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise CheckpointError(f"{path}: wanted a dict whose key 'model' is a state dict")
     return state
+
+
+def save_published(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write a published state dict as :func:`load_published` reads it; the suffix chooses the format.
+
+    Raises:
+        CheckpointError: the folder does not exist or cannot be written.
+    """
+    if Path(path).suffix == ".safetensors":
+        save_safetensors(path, state, {"format": "pt"})
+    else:
+        save_torch(path, {"model": dict(state)})
 
 
 def infer_config(

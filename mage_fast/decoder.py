@@ -45,8 +45,6 @@ class Decoder(nn.Module):
             mask_token_D=None if self.mask_token is None else self.mask_token.flatten(),
         )
         batch, positions, _ = x_BSD.shape
-        cu_seqlens = torch.arange(
-            0, batch * positions + 1, positions, dtype=torch.int32, device=x_BSD.device
-        )
+        cu_seqlens = torch.arange(0, batch * positions + 1, positions, dtype=torch.int32, device=x_BSD.device)
         states = run_blocks(self.blocks, self.norm, x_BSD.flatten(0, 1), cu_seqlens, positions, rng_state)
         return deque(states, maxlen=1).pop()[1].view_as(x_BSD)

@@ -189,9 +189,7 @@ class MAGE(nn.Module):
             class_ids_B = self.class_ids(None, ids_BL.shape[0])
         if num_masked_B is None:
             num_masked_B = is_masked_BL.sum(1).cpu()
-        plan = plan_of_mask(
-            is_masked_BL, num_masked_B, drop_masked=self.config.encoder_tokens == "unmasked"
-        )
+        plan = plan_of_mask(is_masked_BL, num_masked_B, drop_masked=self.config.encoder_tokens == "unmasked")
         ids_BL = ids_BL.masked_fill(is_masked_BL, self.config.mask_token_id)
         x_BSD = self.decode_features(ids_BL, class_ids_B, plan, rng_state)
         return self.head(x_BSD[:, 1:], self.embedding.word_embeddings.weight)

@@ -187,9 +187,7 @@ def generate_batches(
     for first in range(0, num_images, batch_size):
         count = min(batch_size, num_images - first)
         labels = None if labels_B is None else labels_B[first : first + count]
-        ids_BL = generate_ids(
-            model, count, labels_B=labels, config=config, seed=seed, first_sample=first
-        )
+        ids_BL = generate_ids(model, count, labels_B=labels, config=config, seed=seed, first_sample=first)
         with torch.no_grad():
             yield model.tokenizer.decode(ids_BL)
 

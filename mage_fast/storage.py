@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
+import re
 import struct
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,24 +17,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mage_fast.errors import CheckpointError
+from mage_fast.files import atomic_path
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and says why in one line."""
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; the file written there takes its place if the block succeeds."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+#: What torch and its restricted unpickler raise on cut and overwritten files.
+_BROKEN_TORCH_FILE = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(OverflowError, MemoryError, struct.error),
+)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -90,7 +81,7 @@ def save_safetensors(
     Raises:
         CheckpointError: the folder does not exist or cannot be written.
     """
-    with _writing(path), replacing(path) as temporary:
+    with _writing(path), atomic_path(path) as temporary:
         _write_safetensors(temporary, state, metadata)
 
 
@@ -106,6 +97,16 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
 
 
+def save_torch(path: str | Path, contents: Any) -> None:
+    """``torch.save``; the file appears whole or not at all.
+
+    Raises:
+        CheckpointError: the folder does not exist or cannot be written.
+    """
+    with _writing(path), atomic_path(path) as temporary, open(temporary, "xb") as file:
+        torch.save(contents, file)
+
+
 def read_torch(path: str | Path) -> Any:
     """The contents of a ``torch.save`` file with plain types, tensors and ``argparse.Namespace`` only.
 
@@ -117,11 +118,14 @@ def read_torch(path: str | Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds objects other than tensors, refused ({_one_line(error)})"
-        ) from error
-    # what torch and its restricted unpickler raise on a cut or overwritten file
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, struct.error) as error:
+        # named from the middle of torch's text: its first line advises loading the file without the check
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path}: refused, it holds {refused[1]}, wanted tensors and plain types only"
+            ) from error
+        raise CheckpointError(f"{path}: not a whole torch file (corrupt pickle)") from error
+    except _BROKEN_TORCH_FILE as error:
         raise CheckpointError(f"{path}: not a whole torch file ({_one_line(error)})") from error
 
 
@@ -138,8 +142,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     config: Any = model.config
     with _writing(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
-        config_path = stack.enter_context(replacing(folder / CONFIG_NAME))
-        weights_path = stack.enter_context(replacing(folder / WEIGHTS_NAME))
+        config_path = stack.enter_context(atomic_path(folder / CONFIG_NAME))
+        weights_path = stack.enter_context(atomic_path(folder / WEIGHTS_NAME))
         _write_safetensors(weights_path, model.state_dict(), {"format": "pt"})
         config_path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -216,7 +216,7 @@ class VQGAN(nn.Module):
         return self.config.grid_size
 
     def encode_features(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """The encoder's features of RGB images in [0, 1], before quantisation.
+        """The encoder's features of RGB images in [0, 1], before quantisation, in the weights' dtype.
 
         Raises:
             ValueError: images of another shape than (B, 3, image_size, image_size), or not floating.
@@ -229,7 +229,7 @@ class VQGAN(nn.Module):
         if not images_B3HW.is_floating_point():
             got = str(images_B3HW.dtype).removeprefix("torch.")
             raise ValueError(f"VQGAN: images are {got}, wanted a floating dtype with values in [0, 1]")
-        return self.encoder(images_B3HW)
+        return self.encoder(images_B3HW.to(self.encoder.conv_in.weight.dtype))
 
     @torch.no_grad()
     def encode(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Int64[Tensor, "B L"]:

@@ -27,7 +27,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         # float16 scores overflow in a deep encoder: the release leaves autocast for them
         with torch.autocast(x_BSD.device.type, enabled=False):
-            scores_BHSS = (q.float() @ k.float().transpose(-2, -1)) * self.scale
+            wide = torch.promote_types(q.dtype, torch.float32)
+            scores_BHSS = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * self.scale
         probabilities_BHSS = self.attn_drop(scores_BHSS.softmax(dim=-1))
         out_BSD = (probabilities_BHSS @ v).transpose(1, 2).reshape(B, S, D)
         return self.proj_drop(self.proj(out_BSD))

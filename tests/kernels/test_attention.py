@@ -39,7 +39,9 @@ def oracle(qkv: Tensor, cu_seqlens: Tensor, dropout: float, state: Tensor | None
     dropout=st.sampled_from([0.0, 0.1, 0.5]),
 )
 @settings(max_examples=25, deadline=None)
-def test_values_and_gradients_equal_a_loop_over_sequences(lengths: list[int], heads: int, dropout: float) -> None:
+def test_values_and_gradients_equal_a_loop_over_sequences(
+    lengths: list[int], heads: int, dropout: float
+) -> None:
     arguments = Spec("drawn", tuple(lengths), heads, 8, dropout).inputs(torch.float64)
     qkv, state, stream = (arguments[name] for name in ("qkv_T3HD", "rng_state", "stream"))
     out = attention(**arguments)
@@ -47,7 +49,10 @@ def test_values_and_gradients_equal_a_loop_over_sequences(lengths: list[int], he
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(out)
     torch.testing.assert_close(
-        torch.autograd.grad(out, qkv, grad)[0], torch.autograd.grad(wanted, qkv, grad)[0], rtol=1e-11, atol=1e-11
+        torch.autograd.grad(out, qkv, grad)[0],
+        torch.autograd.grad(wanted, qkv, grad)[0],
+        rtol=1e-11,
+        atol=1e-11,
     )
 
 
@@ -61,7 +66,10 @@ def test_equals_sdpa_without_dropout() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_error_is_that_of_plain_pytorch(dtype: torch.dtype) -> None:
     arguments = Spec("even", (33, 20), 2, 32, 0.1).inputs(dtype)
-    qkv, rest = arguments["qkv_T3HD"], (arguments["cu_seqlens"], 0.1, arguments["rng_state"], arguments["stream"])
+    qkv, rest = (
+        arguments["qkv_T3HD"],
+        (arguments["cu_seqlens"], 0.1, arguments["rng_state"], arguments["stream"]),
+    )
     exact = oracle(qkv.detach().double(), *rest)
     plain = (oracle(qkv.detach(), *rest).double() - exact).abs().max()
     ours = (attention(**arguments).double() - exact).abs().max()
@@ -70,7 +78,14 @@ def test_low_precision_error_is_that_of_plain_pytorch(dtype: torch.dtype) -> Non
 
 def test_a_non_contiguous_view_and_gradient() -> None:
     base = torch.randn(2, 3, 6, 4, 8, dtype=torch.float64)  # head-major storage, as some models keep it
-    qkv = base.permute(0, 2, 1, 3, 4).flatten(0, 1)[..., :8].clone().transpose(0, 1).contiguous().transpose(0, 1)
+    qkv = (
+        base.permute(0, 2, 1, 3, 4)
+        .flatten(0, 1)[..., :8]
+        .clone()
+        .transpose(0, 1)
+        .contiguous()
+        .transpose(0, 1)
+    )
     assert not qkv.is_contiguous()
     qkv.requires_grad_()
     cu_seqlens = torch.tensor([0, 6, 12], dtype=torch.int32)
@@ -98,7 +113,10 @@ def test_no_rows() -> None:
         ({"qkv_T3HD": torch.zeros(8, 3, 2, 20)}, "head dimension is 20, wanted a multiple of 8"),
         ({"qkv_T3HD": torch.zeros(8, 3, 2, 8, dtype=torch.int64)}, "qkv is int64"),
         ({"cu_seqlens": torch.tensor([0, 4, 8])}, "cu_seqlens is int64, wanted int32"),
-        ({"cu_seqlens": torch.tensor([0, 4, 7], dtype=torch.int32)}, r"runs over \(0, 7\), wanted from 0 to the 8"),
+        (
+            {"cu_seqlens": torch.tensor([0, 4, 7], dtype=torch.int32)},
+            r"runs over \(0, 7\), wanted from 0 to the 8",
+        ),
         ({"cu_seqlens": torch.tensor([0, 9, 8], dtype=torch.int32)}, "falls by 1"),
         ({"max_seqlen": 3}, "max_seqlen is 3, wanted at least the longest sequence, 4"),
         ({"dropout": 1.0}, "dropout is 1.0, wanted 0 <= dropout < 1"),

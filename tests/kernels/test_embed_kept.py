@@ -63,7 +63,10 @@ def test_no_samples() -> None:
         ({"class_ids_B": torch.full((3,), -1)}, "class_ids holds -1"),
         ({"ids_BL": torch.zeros(3, 7)}, "ids is float32, wanted int64 or int32"),
         ({"class_ids_B": torch.zeros(2, dtype=torch.int64)}, r"class_ids has shape \(2,\), wanted \(3,\)"),
-        ({"position_weight_SD": torch.zeros(7, 16)}, r"position_weight has shape \(7, 16\), wanted \(8, 16\)"),
+        (
+            {"position_weight_SD": torch.zeros(7, 16)},
+            r"position_weight has shape \(7, 16\), wanted \(8, 16\)",
+        ),
         ({"positions_T": torch.tensor([24])}, "positions holds 24, wanted 0 <= positions < 24"),
         ({"is_masked_BL": torch.zeros(3, 7)}, "is_masked is float32, wanted bool"),
     ],

@@ -32,7 +32,9 @@ def counts(draw_from: st.DrawFn) -> tuple[list[int], list[int], int]:
 
 @given(counts(), st.integers(0, 2**62))
 @settings(max_examples=60, deadline=None)
-def test_indices_say_the_same_as_a_loop_over_tokens(drawn: tuple[list[int], list[int], int], seed: int) -> None:
+def test_indices_say_the_same_as_a_loop_over_tokens(
+    drawn: tuple[list[int], list[int], int], seed: int
+) -> None:
     masked, dropped, length = drawn
     plan = draw(masked, dropped, length, seed)
     positions, source = plan.positions_T.tolist(), plan.source_BS.tolist()
@@ -55,9 +57,9 @@ def test_dropped_tokens_are_the_first_masked_of_the_same_order() -> None:
     few, many = draw([6], [2], 8), draw([6], [5], 8)
     assert torch.equal(few.is_masked_BL, many.is_masked_BL)
     assert set(many.positions_T.tolist()) < set(few.positions_T.tolist())
-    assert not set(range(1, 9)) - set(few.positions_T.tolist()) - {
-        int(i) + 1 for i in few.masked_index_N
-    }, "only masked tokens are dropped"
+    assert not set(range(1, 9)) - set(few.positions_T.tolist()) - {int(i) + 1 for i in few.masked_index_N}, (
+        "only masked tokens are dropped"
+    )
 
 
 def test_every_token_is_masked_equally_often() -> None:

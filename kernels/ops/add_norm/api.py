@@ -17,12 +17,12 @@ from mage_fast.kernels import check, dispatch, library
 def add_norm(
     branch_TD: Float[Tensor, "*rows D"],
     residual_TD: Float[Tensor, "*rows D"],
-    weight_D: Float[Tensor, "D"],
-    bias_D: Float[Tensor, "D"],
+    weight_D: Float[Tensor, " D"],
+    bias_D: Float[Tensor, " D"],
     *,
     eps: float = 1e-6,
     dropout: float = 0.0,
-    rng_state: Int64[Tensor, "2"] | None = None,
+    rng_state: Int64[Tensor, " 2"] | None = None,
     stream: int = 0,
     implementation: str = "auto",
 ) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
@@ -37,7 +37,7 @@ def add_norm(
         branch_TD: output of attention or MLP; float64, float32, bfloat16 or float16.
         residual_TD: the residual stream; its dtype may be wider than the branch's.
         weight_D: LayerNorm scale.
-        bias_D: LayerNorm shift.
+        bias_D: LayerNorm shift, in the scale's dtype.
         eps: added to the variance.
         dropout: drop probability, realised as a multiple of 2**-16; the scale uses the realised value.
         rng_state: int64 ``(seed, step)``; wanted when ``dropout > 0``.
@@ -54,14 +54,19 @@ def add_norm(
 
     Source: pre-norm transformer block of the MAGE paper's encoder and decoder (section 3.1).
     """
+    check.features("add_norm", "branch", branch_TD)
     features = branch_TD.shape[-1:]
     check.floating("add_norm", "branch", branch_TD)
     check.floating("add_norm", "residual", residual_TD)
     check.shape("add_norm", "residual", residual_TD, tuple(branch_TD.shape))
+    check.floating("add_norm", "weight", weight_D)
+    check.dtype("add_norm", "bias", bias_D, (weight_D.dtype,))
     check.shape("add_norm", "weight", weight_D, tuple(features))
     check.shape("add_norm", "bias", bias_D, tuple(features))
     check.dropout("add_norm", dropout, rng_state)
-    check.same_device("add_norm", branch_TD, residual=residual_TD, weight=weight_D, rng_state=rng_state)
+    check.same_device(
+        "add_norm", branch_TD, residual=residual_TD, weight=weight_D, bias=bias_D, rng_state=rng_state
+    )
     implementation = dispatch.requested("add_norm", implementation)
     flat = (-1, branch_TD.shape[-1])
     out_TD, normed_TD, _, _ = _add_norm(

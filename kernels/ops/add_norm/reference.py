@@ -24,7 +24,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     accumulate = torch.promote_types(residual_TD.dtype, torch.float32)
     sum_TD = residual_TD.to(accumulate) + rng.dropout(branch_TD.to(accumulate), rng_state, stream, dropout)
-    out_TD = sum_TD.to(residual_TD.dtype)
+    out_TD = sum_TD.to(residual_TD.dtype).contiguous()
     normed_TD, mean_T1, rstd_T1 = torch.native_layer_norm(
         out_TD.to(accumulate), weight_D.shape, weight_D.to(accumulate), bias_D.to(accumulate), eps
     )
@@ -50,10 +50,11 @@ def add_norm_backward(
     along_one_T1 = weighted_TD.mean(-1, keepdim=True)
     along_row_T1 = (weighted_TD * normalized_TD).mean(-1, keepdim=True)
     grad_sum_TD = (weighted_TD - along_one_T1 - normalized_TD * along_row_T1) * rstd_T1
-    grad_sum_TD = grad_sum_TD + grad_out_TD.to(accumulate)
+    grad_sum_TD = (grad_sum_TD + grad_out_TD.to(accumulate)).contiguous()
     return (
         rng.dropout(grad_sum_TD, rng_state, stream, dropout).to(grad_normed_TD.dtype),
-        grad_sum_TD.to(out_TD.dtype),
+        # without dropout the two gradients are equal, but an op's outputs must not share memory
+        grad_sum_TD.to(out_TD.dtype, copy=dropout == 0.0),
         (grad_TD * normalized_TD).sum(0).to(weight_D.dtype),
         grad_TD.sum(0).to(weight_D.dtype),
     )

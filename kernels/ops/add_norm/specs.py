@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,12 +23,11 @@ class Spec:
         branch, residual = torch.randn(2, self.rows, self.features, generator=generator)
         weight = 1 + 0.1 * torch.randn(self.features, generator=generator)
         bias = 0.1 * torch.randn(self.features, generator=generator)
-        as_argument: dict[str, Any] = {"device": device, "dtype": dtype}
         return {
-            "branch_TD": branch.to(**as_argument).requires_grad_(),
-            "residual_TD": residual.to(**as_argument).requires_grad_(),
-            "weight_D": weight.to(**as_argument).requires_grad_(),
-            "bias_D": bias.to(**as_argument).requires_grad_(),
+            "branch_TD": branch.to(device, dtype).requires_grad_(),
+            "residual_TD": residual.to(device, dtype).requires_grad_(),
+            "weight_D": weight.to(device, dtype).requires_grad_(),
+            "bias_D": bias.to(device, dtype).requires_grad_(),
             "dropout": self.dropout,
             "rng_state": rng.new_state(0, device=device),
             "stream": rng.stream(rng.Stream.PROJECTION_DROPOUT),

@@ -1,7 +1,7 @@
 """Embedding of the kept tokens only.
 
-    e = word[id] + position[p],  id = class id at p = 0, [M] at a masked token, else the token's id
-    x = dropout(LayerNorm(e))
+e = word[id] + position[p],  id = class id at p = 0, [M] at a masked token, else the token's id
+x = dropout(LayerNorm(e))
 """
 
 from __future__ import annotations

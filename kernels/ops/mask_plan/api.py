@@ -86,7 +86,9 @@ def mask_plan(
     check.values("mask_plan", "num_dropped", num_dropped_B, 0, length + 1)
     if check.readable(num_masked_B) and check.readable(num_dropped_B):
         if bool((num_dropped_B > num_masked_B).any()):
-            raise ValueError("mask_plan: num_dropped is over num_masked in a sample, wanted at most num_masked")
+            raise ValueError(
+                "mask_plan: num_dropped is over num_masked in a sample, wanted at most num_masked"
+            )
         kept = (length + 1) * len(num_dropped_B) - int(num_dropped_B.sum())
         masked = int(num_masked_B.sum())
         longest = length + 1 - int(num_dropped_B.min()) if len(num_dropped_B) else 0

@@ -10,7 +10,7 @@ from mage_fast.kernels import check, dispatch, library
 
 
 def philox(
-    state: Int64[Tensor, "2"],
+    state: Int64[Tensor, " 2"],
     stream: int,
     high: int,
     low: int,
@@ -34,12 +34,15 @@ def philox(
         The 32-bit words as int32 bit patterns, in memory order: viewed as uint8 they are 16 bytes a block.
 
     Raises:
-        ValueError: a state of another dtype or shape, or a count outside [0, 2**32].
+        ValueError: a state of another dtype or shape, a stream outside [0, 2**32), or a count outside
+            [0, 2**32].
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     check.state("philox", state)
-    for name, value in (("stream", stream), ("high", first_high + high), ("low", low)):
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"philox: stream is {stream}, wanted 0 <= stream < 2**32")
+    for name, value in (("high", high), ("low", low), ("first_high + high", first_high + high)):
         if not 0 <= value <= 2**32:
             raise ValueError(f"philox: {name} is {value}, wanted 0 <= {name} <= 2**32")
     return _philox(state, stream, high, low, first_high, dispatch.requested("philox", implementation))

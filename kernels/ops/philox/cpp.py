@@ -12,4 +12,4 @@ load_extension()
 
 
 def philox(state: Tensor, stream: int, high: int, low: int, first_high: int) -> Tensor:
-    return torch.ops.mage_fast_cpu.philox(state, stream, high, low, first_high)
+    return torch.ops.mage_fast_cpu.philox(state.contiguous(), stream, high, low, first_high)

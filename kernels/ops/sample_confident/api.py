@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
@@ -77,7 +76,9 @@ def sample_confident(
     check.shape("sample_confident", "num_masked", num_masked_B, (batch,))
     check.integer("sample_confident", "num_masked", num_masked_B)
     check.state("sample_confident", rng_state)
-    check.same_device("sample_confident", logits_BLC, ids=ids_BL, num_masked=num_masked_B, rng_state=rng_state)
+    check.same_device(
+        "sample_confident", logits_BLC, ids=ids_BL, num_masked=num_masked_B, rng_state=rng_state
+    )
     if guidance_logits_BLC is not None:
         check.shape("sample_confident", "guidance_logits", guidance_logits_BLC, (batch, length, codes))
     if not temperature > 0:

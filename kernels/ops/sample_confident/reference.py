@@ -1,8 +1,8 @@
 """One step of iterative decoding: sample every unknown token, keep the confident ones.
 
-    id         ~ categorical(softmax(logits / temperature))           (Gumbel-max)
-    confidence = log p(id) + choice_temperature * Gumbel(0, 1)        (+inf at known tokens)
-    the n least confident unknown tokens become [M] again
+id         ~ categorical(softmax(logits / temperature))           (Gumbel-max)
+confidence = log p(id) + choice_temperature * Gumbel(0, 1)        (+inf at known tokens)
+the n least confident unknown tokens become [M] again
 """
 
 from __future__ import annotations
@@ -61,5 +61,7 @@ def _filter(logits_BLC: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, order = logits_BLC.sort(2, descending=True)
         p = ordered.softmax(2)
         outside = p.cumsum(2) - p >= top_p  # mass before this code; the most probable one always stays
-        logits_BLC = logits_BLC.masked_fill(torch.zeros_like(outside).scatter(2, order, outside), float("-inf"))
+        logits_BLC = logits_BLC.masked_fill(
+            torch.zeros_like(outside).scatter(2, order, outside), float("-inf")
+        )
     return logits_BLC

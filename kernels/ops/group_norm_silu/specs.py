@@ -1,0 +1,44 @@
+"""Shapes of ``group_norm_silu`` in the published tokenizer, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``images x channels x size x size`` feature maps."""
+
+    name: str
+    images: int
+    channels: int
+    size: int
+    num_groups: int = 32
+    channels_last: bool = True
+
+    def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.images, self.channels, self.size, self.size, generator=generator)
+        weight = 1 + 0.1 * torch.randn(self.channels, generator=generator)
+        bias = 0.1 * torch.randn(self.channels, generator=generator)
+        format = torch.channels_last if self.channels_last else torch.contiguous_format
+        return {
+            "x_NCHW": x.to(device, dtype).contiguous(memory_format=format).requires_grad_(),
+            "weight_C": weight.to(device, dtype).requires_grad_(),
+            "bias_C": bias.to(device, dtype).requires_grad_(),
+            "num_groups": self.num_groups,
+        }
+
+
+SPECS = (
+    Spec("tiny", 2, 6, 3, num_groups=3),
+    Spec("tiny_contiguous", 2, 8, 5, num_groups=4, channels_last=False),
+    # one for each resolution of the encoder, widths 128 * (1, 1, 2, 2, 4)
+    Spec("level0_batch1", 1, 128, 256),
+    Spec("level1_batch1", 1, 128, 128),
+    Spec("level2_batch1", 1, 256, 64),
+    Spec("level3_batch1", 1, 256, 32),
+    Spec("level4_batch1", 1, 512, 16),
+)

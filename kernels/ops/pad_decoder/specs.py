@@ -1,0 +1,50 @@
+"""Shapes of ``pad_decoder`` in the published models, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``batch`` images of ``length`` tokens: ``kept`` of them encoded, ``visible`` of those not masked."""
+
+    name: str
+    batch: int
+    length: int
+    kept: int
+    visible: int
+    features: int
+    mask_token: bool = False
+
+    def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+        generator = torch.Generator().manual_seed(0)
+        encoded = torch.randn(self.batch * (1 + self.kept), self.features, generator=generator)
+        position = 0.02 * torch.randn(1 + self.length, self.features, generator=generator)
+        mask_token = 0.02 * torch.randn(self.features, generator=generator)
+        source = torch.full((self.batch, 1 + self.length), -1, dtype=torch.int32)
+        for image, first in enumerate(range(0, encoded.shape[0], 1 + self.kept)):
+            source[image, 0] = first
+            kept = torch.randperm(self.length, generator=generator)[: self.kept].sort().values
+            visible = torch.randperm(self.kept, generator=generator)[: self.visible]
+            source[image, 1 + kept[visible]] = (first + 1 + visible).int()
+        cu_seqlens = torch.arange(self.batch + 1, dtype=torch.int32) * (1 + self.kept)
+        return {
+            "encoded_TD": encoded.to(device, dtype).requires_grad_(),
+            "source_BS": source.to(device),
+            "cu_seqlens": cu_seqlens.to(device),
+            "position_weight_SD": position.to(device, dtype).requires_grad_(),
+            "mask_token_D": mask_token.to(device, dtype).requires_grad_() if self.mask_token else None,
+        }
+
+
+SPECS = (
+    Spec("tiny", 3, 6, 4, 2, 8),
+    Spec("tiny_mask_token", 2, 5, 3, 2, 7, mask_token=True),
+    # mask ratio 0.694 on average: 78 of 256 tokens visible, 128 encoded
+    Spec("vit_b_batch4", 4, 256, 128, 78, 768),
+    Spec("vit_b_unmasked_batch4", 4, 256, 78, 78, 768),
+    Spec("vit_l_batch4", 4, 256, 128, 78, 1024),
+)

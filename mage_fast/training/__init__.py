@@ -1,0 +1,1 @@
+"""Data, optimiser, checkpoints, logs and the loop that every training recipe shares."""

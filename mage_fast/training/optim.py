@@ -1,0 +1,133 @@
+"""AdamW with the paper's parameter groups, gradient clipping, and an exponential moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mage_fast.errors import CheckpointError, InputError
+
+
+def adamw_parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay; biases and 1-D tensors (LayerNorm) without.
+
+    Parameters that need no gradient are left out, shared ones appear once.
+
+    Source: the pre-training recipe of the paper's appendix.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def decays(name: str, parameter: Tensor) -> bool:
+        return parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
+
+    groups = (
+        {"params": [p for name, p in trained if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]
+
+
+def build_adamw(
+    model: nn.Module | list[dict[str, Any]],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.05,
+) -> torch.optim.AdamW:
+    """AdamW over a model's parameter groups (or over groups given), as one fused kernel where there is one.
+
+    Raises:
+        InputError: nothing to train, a negative lr.
+    """
+    groups = adamw_parameter_groups(model, weight_decay) if isinstance(model, nn.Module) else model
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters or lr < 0:
+        raise InputError(
+            f"build_adamw: {len(parameters)} trainable tensors and lr {lr}, wanted some and 0 or more"
+        )
+    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
+    """Scale all gradients so that their joint L2 norm is at most ``max_norm``; the norm before that.
+
+    The norm stays on the device: nothing waits for it here.
+
+    Equivalent PyTorch: ``torch.nn.utils.clip_grad_norm_(parameters, max_norm)``.
+
+    Raises:
+        InputError: ``max_norm`` is not positive.
+    """
+    if not max_norm > 0:
+        raise InputError(f"clip_gradients: max_norm is {max_norm}, wanted more than 0")
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+class Ema:
+    """Exponential moving average of a model's state: ``average += (1 - decay) * (value - average)``.
+
+    Floating-point parameters are averaged in their own dtype; buffers are copied.
+
+    Raises:
+        InputError: ``decay`` outside [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"Ema: decay is {decay}, wanted 0 <= decay < 1")
+        self.decay = decay
+        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model, in one fused call."""
+        current = dict(model.named_parameters())
+        torch._foreach_lerp_(
+            list(self._parameters.values()), [current[name] for name in self._parameters], 1 - self.decay
+        )
+        for name, buffer in model.named_buffers():
+            self._buffers[name].copy_(buffer)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, ``model`` computes with the average."""
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with torch.no_grad():
+            kept = {name: value.clone() for name, value in own.items()}
+            _copy(own, self.state_dict())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                _copy(own, kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by name, not copied."""
+        return self._parameters | self._buffers
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over an average.
+
+        Raises:
+            CheckpointError: other names or shapes.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise CheckpointError(f"Ema: keys differ in {sorted(own.keys() ^ state.keys())[:3]}")
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise CheckpointError(
+                    f"Ema: {name} has shape {tuple(value.shape)}, wanted {tuple(own[name].shape)}"
+                )
+        _copy(own, state)
+
+
+def _copy(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    for name, value in source.items():
+        target[name].copy_(value)

@@ -1,0 +1,257 @@
+"""What a data source is, and three of them: handwritten digits, image folders, token caches.
+
+A source knows its labels at once and reads an image or a row of tokens when asked for it by index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from mage_fast.errors import InputError
+from mage_fast.training.augment import EVALUATION_RESIZE, require_size
+from mage_fast.training.images import EXTENSIONS, UnreadableImage, image_size, read_rgb
+from mage_fast.training.token_cache import TokenCache
+
+Split = Literal["train", "test", "all"]
+#: Part of every class that is held out where a source has no split of its own.
+TEST_FRACTION = 0.2
+
+log = logging.getLogger(__name__)
+
+
+class Source:
+    """Labelled images (``image``) or token sequences (``tokens``), read by index.
+
+    ``bad_files`` maps the name of every file that was skipped to the reason.
+    """
+
+    kind: Literal["images", "tokens"] = "images"
+    #: False where the mirror image of an example means something else.
+    can_flip = True
+    #: Short side before the evaluation's centre crop, over the crop.
+    resize_ratio = EVALUATION_RESIZE
+
+    def __init__(self, spec: str, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:
+        self.spec = spec
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.class_names = tuple(class_names)
+        self.bad_files: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the labels tell apart; 1 for unlabelled data."""
+        return len(self.class_names)
+
+    def name(self, index: int) -> str:
+        """What messages call item ``index``."""
+        return f"{self.spec}[{index}]"
+
+    def image(self, index: int) -> Image.Image:
+        """Item ``index`` in RGB.
+
+        Raises:
+            UnreadableImage: its file is damaged.
+        """
+        raise NotImplementedError(f"{self.spec} holds {self.kind}")
+
+    def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        """int64 ids [B, L] of the view that ``epoch`` shows."""
+        raise NotImplementedError(f"{self.spec} holds {self.kind}")
+
+    def require_size(self, crop: int) -> None:
+        """Check before training that every image is at least as large as a crop that does not resize.
+
+        Raises:
+            InputError: an image is smaller; the message names it.
+        """
+
+    def report_bad(self, name: str, reason: str) -> None:
+        """Note a skipped file: one warning the first time."""
+        if name not in self.bad_files:
+            self.bad_files[name] = reason
+            log.warning("skipped %s: %s", name, reason)
+
+
+def split_indices(
+    labels: np.ndarray, names: Sequence[str], split: Split, test_fraction: float = TEST_FRACTION
+) -> np.ndarray:
+    """Indices of a fixed, stratified split, ascending.
+
+    In every class the items whose hashed name comes first are the test items, ``test_fraction`` of them
+    rounded to the nearest: it depends on no random generator, and adding files moves few of the others.
+    """
+    if split == "all":
+        return np.arange(len(labels))
+    is_test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = sorted(
+            np.flatnonzero(labels == label).tolist(),
+            key=lambda index: hashlib.sha256(names[index].encode(errors="surrogateescape")).digest(),
+        )
+        is_test[members[: round(len(members) * test_fraction)]] = True
+    return np.flatnonzero(is_test if split == "test" else ~is_test)
+
+
+class DigitsSource(Source):
+    """scikit-learn's 1797 handwritten digits: 8 x 8 pixels in 17 levels, scaled (bicubic) to ``image_size``.
+
+    Three equal channels; a fixed stratified 80 / 20 split. Never flipped: a mirrored digit is another sign.
+    """
+
+    can_flip = False
+    resize_ratio = 1.0
+
+    def __init__(self, *, image_size: int, split: Split = "train") -> None:
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        chosen = split_indices(data.target, [str(index) for index in range(len(data.target))], split)
+        super().__init__("digits", data.target[chosen], [str(digit) for digit in range(10)])
+        self._pixels = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
+        self._size = (image_size, image_size)
+
+    def image(self, index: int) -> Image.Image:
+        small = Image.fromarray(self._pixels[index])
+        return small.resize(self._size, Image.Resampling.BICUBIC).convert("RGB")
+
+
+class FolderSource(Source):
+    """PNG, JPEG, WebP and BMP files of a folder: one sub-folder a class, or one unlabelled class.
+
+    * ``PATH/<class>/**/*.png``: a class a sub-folder, in alphabetical order. Images that lie beside the
+      sub-folders form a class of their own, ``.``, after the others.
+    * ``PATH/*.png`` alone: one unlabelled class, 0.
+    * ``PATH/train/<class>`` with ``PATH/val`` or ``PATH/test``: these are the splits. Otherwise ``train``
+      and ``test`` are a fixed stratified 80 / 20 split by file name.
+
+    Hidden files and files of other types are ignored. A link that leads out of the folder and a linked
+    sub-folder are not followed, but named in ``bad_files``, as are images smaller than ``min_side``.
+
+    Raises:
+        InputError: no such folder, not a folder, or no image in it.
+    """
+
+    def __init__(self, path: str, *, split: Split = "train", min_side: int = 1) -> None:
+        self.root = Path(path).expanduser()
+        self.min_side = min_side
+        spec = f"folder:{path}"
+        if not path or not self.root.exists():
+            raise InputError(f"data {spec!r}: there is no such folder")
+        if not self.root.is_dir():
+            raise InputError(f"data {spec!r} is a file, wanted a folder of images")
+        super().__init__(spec, [], [])
+        self._resolved = self.root.resolve()
+        self._ignored: list[str] = []
+        held_out = next((name for name in ("val", "test") if (self.root / name).is_dir()), None)
+        if held_out and (self.root / "train").is_dir():
+            wanted = {"train": ("train",), "test": (held_out,), "all": ("train", held_out)}[split]
+            found = [item for part in wanted for item in self._scan(part)]
+            split = "all"
+        else:
+            found = self._scan("")
+        if not found:
+            others = [*self._ignored, *self.bad_files]
+            example = f"; it holds {len(others)} other files, as {others[0]}" if others else ""
+            raise InputError(f"data {spec!r} holds no PNG, JPEG, WebP or BMP image{example}")
+        self.class_names = tuple(sorted({name for name, _ in found}, key=lambda name: (name == ".", name)))
+        number = {class_name: label for label, class_name in enumerate(self.class_names)}
+        labels = np.array([number[class_name] for class_name, _ in found], dtype=np.int64)
+        files = [file for _, file in found]
+        chosen = split_indices(labels, files, split)
+        self.labels, self._files = labels[chosen], [files[index] for index in chosen]
+        if not self._files:
+            raise InputError(f"data {spec!r}: the {split} split of {len(files)} images is empty")
+        log.info("%s: %d images, %d classes, split %s", spec, len(self), self.num_classes, split)
+
+    def _scan(self, part: str) -> list[tuple[str, str]]:
+        """(class name, path from the root) of every image under a part of the root, in a fixed order."""
+        found = []
+        start = self.root / part
+        for folder, subfolders, files in os.walk(start):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            inside = Path(folder).relative_to(start)
+            class_name = inside.parts[0] if inside.parts else "."
+            for name in subfolders:
+                if os.path.islink(os.path.join(folder, name)):
+                    self.report_bad(os.path.join(folder, name), "a linked folder is not followed")
+            for name in sorted(files):
+                relative = self._relative(folder, name)
+                if name.startswith("."):
+                    continue
+                if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+                    self._ignored.append(relative)
+                elif self._escapes(relative):
+                    self.report_bad(
+                        os.path.join(folder, name), "a link that leads out of the folder is not followed"
+                    )
+                else:
+                    found.append((class_name, relative))
+        return found
+
+    def _relative(self, folder: str, name: str) -> str:
+        return os.path.relpath(os.path.join(folder, name), self.root)
+
+    def _escapes(self, relative: str) -> bool:
+        path = self.root / relative
+        return path.is_symlink() and not path.resolve().is_relative_to(self._resolved)
+
+    def name(self, index: int) -> str:
+        return str(self.root / self._files[index])
+
+    def image(self, index: int) -> Image.Image:
+        if self._escapes(self._files[index]):
+            raise UnreadableImage("a link that leads out of the folder is not followed")
+        image = read_rgb(self.root / self._files[index])
+        if min(image.size) < self.min_side:
+            raise UnreadableImage(f"{image.width} x {image.height} pixels, min_side is {self.min_side}")
+        return image
+
+    def require_size(self, crop: int) -> None:
+        for index in range(len(self)):
+            try:
+                size = image_size(self.name(index))
+            except UnreadableImage:
+                continue  # skipped and named when it is its turn
+            require_size(size, crop, self.name(index))
+
+
+class TokenSource(Source):
+    """A token cache (:mod:`mage_fast.training.token_cache`); epoch ``e`` shows view ``e mod K``.
+
+    A cache made from one split is that split; one made from everything is split as a folder is.
+
+    Raises:
+        InputError: a missing, unfinished or damaged cache; the other split of a cache made from one.
+    """
+
+    kind = "tokens"
+
+    def __init__(self, path: str, *, split: Split = "train", verify: bool = True) -> None:
+        if not path:
+            raise InputError("data 'tokens:' names no folder, wanted tokens:PATH")
+        self.cache = TokenCache(Path(path).expanduser(), verify=verify)
+        spec = f"tokens:{path}"
+        if self.cache.split == "all":
+            items = [str(index) for index in range(len(self.cache))]
+            self._chosen = split_indices(self.cache.labels, items, split)
+        elif split in (self.cache.split, "all"):
+            self._chosen = np.arange(len(self.cache))
+        else:
+            raise InputError(f"data {spec!r} was made from the {self.cache.split} split, wanted {split}")
+        if not len(self._chosen):
+            raise InputError(f"data {spec!r}: the {split} split of {len(self.cache)} items is empty")
+        super().__init__(spec, self.cache.labels[self._chosen], self.cache.class_names)
+
+    def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        return self.cache.batch(self._chosen[indices], view=epoch % self.cache.views)
