@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from published_layout import mage_layout, unused_layout
 from torch import Tensor, nn
 
 from mage_fast import checkpoint, reference
 from mage_fast.checkpoint import CheckpointError, from_published, load_published, to_published
 from mage_fast.config import MAGEConfig
 from mage_fast.tokenizer import VQGAN
+from tests.published_layout import mage_layout, unused_layout
 
 TINY = MAGEConfig.tiny(decoder_width=24)
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from published_layout import mage_layout
-from reference_oracle import SIZES, ids_and_masks, oracle_block, oracle_logits, tiny, tiny_vqgan
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 import mage_fast.reference
 from mage_fast.config import MAGEConfig
 from mage_fast.reference import MAGE, VQGAN, vit_b, vit_l
+from tests.published_layout import mage_layout
+from tests.reference_oracle import SIZES, ids_and_masks, oracle_block, oracle_logits, tiny, tiny_vqgan
 
 
 def test_imports_nothing_else_of_the_package() -> None:

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference_oracle import tiny, tiny_vqgan
 from scipy import stats
 from torch import Tensor
 
 from mage_fast.reference import generate, num_remasked
+from tests.reference_oracle import tiny, tiny_vqgan
 
 
 def test_schedule() -> None:

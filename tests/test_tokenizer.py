@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_layout import vqgan_layout
 
 from mage_fast import reference
 from mage_fast.config import MAGEConfig, TokenizerConfig
 from mage_fast.storage import CheckpointError
 from mage_fast.tokenizer import VQGAN, Tokenizer
+from tests.published_layout import vqgan_layout
 
 TINY = MAGEConfig.tiny().tokenizer
 assert TINY is not None

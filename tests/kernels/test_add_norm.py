@@ -53,15 +53,15 @@ class TestAddNorm(OpSuite):
             {"residual_TD": torch.ones(4, 24)},
             r"residual has shape \(4, 24\), wanted \(5, 24\)",
         ),
-        "weight's features": ({"weight_D": torch.ones(23)}, r"weight has shape \(23,\), wanted \(24\)"),
+        "weight's features": ({"weight_D": torch.ones(23)}, r"weight has shape \(23,\), wanted \(24,\)"),
         "integer weight": ({"weight_D": torch.ones(24).int()}, "weight is int32"),
-        "bias's features": ({"bias_D": torch.ones(25)}, r"bias has shape \(25,\), wanted \(24\)"),
+        "bias's features": ({"bias_D": torch.ones(25)}, r"bias has shape \(25,\), wanted \(24,\)"),
         "bias's dtype": ({"bias_D": torch.ones(24).half()}, "bias is float16, wanted float32"),
         "dropout of 1": ({"dropout": 1.0}, r"dropout is 1\.0, wanted 0 <= dropout < 1"),
         "negative dropout": ({"dropout": -0.1}, r"dropout is -0\.1, wanted 0 <= dropout < 1"),
         "no state": ({"rng_state": None}, "dropout is 0.1 but rng_state is None"),
         "state's dtype": ({"rng_state": torch.zeros(2)}, "rng_state is float32, wanted int64"),
-        "state's shape": ({"rng_state": torch.zeros(3).long()}, r"rng_state has shape \(3,\), wanted \(2\)"),
+        "state's shape": ({"rng_state": torch.zeros(3).long()}, r"rng_state has shape \(3,\), wanted \(2,\)"),
         "device": ({"bias_D": torch.ones(24, device="meta")}, "bias is on meta, wanted cpu"),
     }
 

@@ -35,13 +35,13 @@ class TestBiasGelu(OpSuite):
         "no features": ({"x_TF": torch.ones(3, 0)}, r"x has shape \(3, 0\), wanted"),
         "integer x": ({"x_TF": torch.ones(5, 24).int()}, "x is int32, wanted float64"),
         "integer bias": ({"bias_F": torch.ones(24).int()}, "bias is int32, wanted float64"),
-        "bias's features": ({"bias_F": torch.ones(23)}, r"bias has shape \(23,\), wanted \(24\)"),
-        "bias's rank": ({"bias_F": torch.ones(1, 24)}, r"bias has shape \(1, 24\), wanted \(24\)"),
+        "bias's features": ({"bias_F": torch.ones(23)}, r"bias has shape \(23,\), wanted \(24,\)"),
+        "bias's rank": ({"bias_F": torch.ones(1, 24)}, r"bias has shape \(1, 24\), wanted \(24,\)"),
         "dropout of 1": ({"dropout": 1.0}, r"dropout is 1\.0, wanted 0 <= dropout < 1"),
         "negative dropout": ({"dropout": -0.5}, r"dropout is -0\.5, wanted 0 <= dropout < 1"),
         "no state": ({"rng_state": None}, "dropout is 0.1 but rng_state is None"),
         "state's dtype": ({"rng_state": torch.zeros(2).int()}, "rng_state is int32, wanted int64"),
-        "state's shape": ({"rng_state": torch.zeros(1).long()}, r"rng_state has shape \(1,\), wanted \(2\)"),
+        "state's shape": ({"rng_state": torch.zeros(1).long()}, r"rng_state has shape \(1,\), wanted \(2,\)"),
         "device": ({"bias_F": torch.ones(24, device="meta")}, "bias is on meta, wanted cpu"),
     }
 

@@ -32,7 +32,7 @@ class TestMaskedCrossEntropy(OpSuite):
         ),
         "no class": ({"logits_NC": torch.ones(6, 0)}, r"logits has shape \(6, 0\), wanted"),
         "integer logits": ({"logits_NC": torch.ones(6, 11).int()}, "logits is int32, wanted float64"),
-        "targets' rows": ({"targets_N": torch.zeros(5).long()}, r"targets has shape \(5,\), wanted \(6\)"),
+        "targets' rows": ({"targets_N": torch.zeros(5).long()}, r"targets has shape \(5,\), wanted \(6,\)"),
         "float targets": ({"targets_N": torch.zeros(6)}, "targets is float32, wanted int64 or int32"),
         "label_smoothing over 1": ({"label_smoothing": 1.5}, r"label_smoothing is 1\.5, wanted 0 <= label"),
         "negative label_smoothing": (
@@ -41,11 +41,11 @@ class TestMaskedCrossEntropy(OpSuite):
         ),
         "target too large": (
             {"targets_N": torch.tensor([0, 1, 2, 3, 4, 11])},
-            "targets holds the id 11, wanted -1 <= id < 11",
+            "targets holds 11, wanted -1 <= targets < 11",
         ),
         "target too small": (
             {"targets_N": torch.tensor([0, 1, -100, 3, 4, 5])},
-            "targets holds the id -100, wanted -1 <= id < 11",
+            "targets holds -100, wanted -1 <= targets < 11",
         ),
         "device": ({"targets_N": torch.zeros(6, device="meta").long()}, "targets is on meta, wanted cpu"),
     }

@@ -44,7 +44,7 @@ class TestPadDecoder(OpSuite):
         "source's rank": ({"source_BS": torch.ones(7).int()}, r"source has shape \(7,\), wanted \(\*, \*\)"),
         "cu_seqlens' shape": (
             {"cu_seqlens": torch.tensor([0, 5, 10])},
-            r"cu_seqlens has shape \(3,\), wanted \(4\)",
+            r"cu_seqlens has shape \(3,\), wanted \(4,\)",
         ),
         "positions": (
             {"position_weight_SD": torch.ones(6, 8)},
@@ -54,7 +54,7 @@ class TestPadDecoder(OpSuite):
             {"position_weight_SD": torch.ones(7, 9)},
             r"position_weight has shape \(7, 9\), wanted \(7, 8\)",
         ),
-        "mask token": ({"mask_token_D": torch.ones(9)}, r"mask_token has shape \(9,\), wanted \(8\)"),
+        "mask token": ({"mask_token_D": torch.ones(9)}, r"mask_token has shape \(9,\), wanted \(8,\)"),
         "integer encoded": ({"encoded_TD": torch.ones(15, 8).int()}, "encoded is int32, wanted float64"),
         "integer position": (
             {"position_weight_SD": torch.ones(7, 8).long()},
@@ -63,11 +63,11 @@ class TestPadDecoder(OpSuite):
         "integer mask token": ({"mask_token_D": torch.ones(8).int()}, "mask_token is int32, wanted float64"),
         "float source": ({"source_BS": torch.ones(3, 7)}, "source is float32, wanted int64 or int32"),
         "float cu_seqlens": ({"cu_seqlens": torch.ones(4)}, "cu_seqlens is float32, wanted int64 or int32"),
-        "source too large": ({"source_BS": _source(15)}, "source holds the id 15, wanted -1 <= id < 15"),
-        "source too small": ({"source_BS": _source(-2)}, "source holds the id -2, wanted -1 <= id < 15"),
+        "source too large": ({"source_BS": _source(15)}, "source holds 15, wanted -1 <= source < 15"),
+        "source too small": ({"source_BS": _source(-2)}, "source holds -2, wanted -1 <= source < 15"),
         "class row outside": (
             {"cu_seqlens": torch.tensor([0, 5, 15, 15])},
-            r"cu_seqlens\[:-1\] holds the id 15, wanted 0 <= id < 15",
+            r"cu_seqlens\[:-1\] holds 15, wanted 0 <= cu_seqlens\[:-1\] < 15",
         ),
         "device": ({"position_weight_SD": torch.ones(7, 8, device="meta")}, "position_weight is on meta"),
     }

@@ -81,6 +81,13 @@ class TestPhilox:
             got = philox(state, 5, spec.high, spec.low, implementation=target.implementation)
         assert torch.equal(got, philox(state, 5, spec.high, spec.low, implementation="reference"))
 
+    def test_first_high_starts_the_second_word(self, target: Target) -> None:
+        state = torch.tensor([7, 8], device=target.device)
+        for first in (3, 2**32 - 2):
+            got = philox(state, 9, 2, 5, first_high=first, implementation=target.implementation)
+            wanted = [[list(python_block(7, 8, 9, first + i, j)) for j in range(5)] for i in range(2)]
+            assert (got.long() & MASK).tolist() == wanted
+
     def test_threads_change_nothing(self, target: Target) -> None:
         """High enough for several pieces of 4096 blocks, whose borders fall inside rows."""
         state = torch.tensor([7, 8], device=target.device)
@@ -102,24 +109,28 @@ class TestPhilox:
 
     def test_opcheck(self, target: Target) -> None:
         state = torch.tensor([7, 8], device=target.device)
-        torch.library.opcheck(torch.ops.mage_fast.philox.default, (state, 3, 2, 5, target.implementation))
+        torch.library.opcheck(torch.ops.mage_fast.philox.default, (state, 3, 2, 5, 4, target.implementation))
 
     def test_compile(self, target: Target) -> None:
         state = torch.tensor([7, 8], device=target.device)
         torch.compiler.reset()
         compiled = torch.compile(philox, fullgraph=True, backend="aot_eager")
-        got = compiled(state, 3, 2, 5, implementation=target.implementation)
-        assert torch.equal(got, philox(state, 3, 2, 5, implementation="reference"))
+        got = compiled(state, 3, 2, 5, first_high=4, implementation=target.implementation)
+        assert torch.equal(got, philox(state, 3, 2, 5, first_high=4, implementation="reference"))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"state": torch.zeros(2)}, "philox: rng_state is float32, wanted int64"),
-        ({"state": torch.zeros(3).long()}, r"philox: rng_state has shape \(3,\), wanted \(2\)"),
+        ({"state": torch.zeros(3).long()}, r"philox: rng_state has shape \(3,\), wanted \(2,\)"),
         ({"stream": -1}, "philox: stream is -1, wanted 0 <= stream < "),
         ({"stream": 2**32}, "philox: stream is 4294967296, wanted 0 <= stream < "),
         ({"high": -1}, "philox: high is -1, wanted 0 <= high <= "),
+        (
+            {"first_high": 2**32},
+            r"philox: first_high \+ high is 4294967297, wanted 0 <= first_high \+ high <= ",
+        ),
         ({"low": 2**32 + 1}, "philox: low is 4294967297, wanted 0 <= low <= "),
     ],
 )

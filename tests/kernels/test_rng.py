@@ -33,13 +33,29 @@ def state(seed: int = 0, step: int = 0) -> Tensor:
 
 
 @few
-@given(seed=seeds, step=st.integers(0, 2**40), stream=streams, count=st.integers(0, 21))
-def test_words_layout(seed: int, step: int, stream: int, count: int) -> None:
-    """Element e: word e % 4 of block e // 4."""
-    wanted = [python_block(seed, step, stream, 0, e // 4)[e % 4] for e in range(count)]
-    got = rng.words(state(seed, step), stream, count)
-    assert got.dtype == torch.int64
+@given(
+    seed=seeds,
+    step=st.integers(0, 2**40),
+    stream=streams,
+    rows=st.integers(0, 3),
+    columns=st.integers(0, 21),
+    first_row=st.integers(0, 2**31),
+)
+def test_words_layout(seed: int, step: int, stream: int, rows: int, columns: int, first_row: int) -> None:
+    """Sample b, element e: word e % 4 of block e // 4 of counter row ``first_row + b``."""
+    wanted = [
+        [python_block(seed, step, stream, first_row + b, e // 4)[e % 4] for e in range(columns)]
+        for b in range(rows)
+    ]
+    got = rng.words(state(seed, step), stream, rows, columns, first_row)
+    assert (got.dtype, got.shape) == (torch.int64, (rows, columns))
     assert got.tolist() == wanted
+
+
+def test_numbers_belong_to_the_sample() -> None:
+    """A batch that starts at sample 2 draws what samples 2 and 3 draw in a batch of 5."""
+    for draw in (rng.words, rng.uniform, rng.gumbel):
+        assert torch.equal(draw(state(), 5, 5, 7)[2:4], draw(state(), 5, 2, 7, first_row=2))
 
 
 @few
@@ -78,17 +94,17 @@ def test_keep_mask_attention_layout(seed: int, stream: int, rows: int, keys: int
 
 def test_uniform_is_exact_and_open() -> None:
     """The top 23 bits plus a half, exact in float32."""
-    words = rng.words(state(), 5, COUNT)
+    words = rng.words(state(), 5, 4, COUNT // 4)
     wanted = ((words // 512).double() + 0.5) / 2**23
-    got = rng.uniform(state(), 5, COUNT)
+    got = rng.uniform(state(), 5, 4, COUNT // 4)
     assert got.dtype == torch.float32
     assert torch.equal(got.double(), wanted)
 
 
 def test_uniform_at_the_ends_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rng, "words", lambda *_: torch.tensor([0, 2**32 - 1]))
-    assert rng.uniform(state(), 0, 2).tolist() == [2.0**-24, 1 - 2.0**-24]
-    assert rng.gumbel(state(), 0, 2).isfinite().all()
+    assert rng.uniform(state(), 0, 1, 2).tolist() == [2.0**-24, 1 - 2.0**-24]
+    assert rng.gumbel(state(), 0, 1, 2).isfinite().all()
 
 
 def test_streams_do_not_collide() -> None:
@@ -111,22 +127,29 @@ def test_new_state() -> None:
 
 
 def test_uniform_law() -> None:
-    assert scipy.stats.kstest(rng.uniform(state(1), 1, COUNT).numpy(), "uniform").pvalue > 1e-4
+    assert (
+        scipy.stats.kstest(rng.uniform(state(1), 1, 4, COUNT // 4).flatten().numpy(), "uniform").pvalue > 1e-4
+    )
 
 
 def test_gumbel_law() -> None:
-    assert scipy.stats.kstest(rng.gumbel(state(2), 1, COUNT).double().numpy(), "gumbel_r").pvalue > 1e-4
+    assert (
+        scipy.stats.kstest(
+            rng.gumbel(state(2), 1, 4, COUNT // 4).flatten().double().numpy(), "gumbel_r"
+        ).pvalue
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
 def test_each_byte_of_the_words_is_uniform(shift: int) -> None:
-    octets = (rng.words(state(3), 1, COUNT) >> shift & 0xFF).numpy()
+    octets = (rng.words(state(3), 1, 4, COUNT // 4) >> shift & 0xFF).flatten().numpy()
     assert scipy.stats.chisquare(np.bincount(octets, minlength=256)).pvalue > 1e-4
 
 
 def test_gumbel_max_draws_from_the_softmax() -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    noise = rng.gumbel(state(4), 1, 4 * 20000).view(-1, 4)
+    noise = rng.gumbel(state(4), 1, 10, 4 * 2000).view(-1, 4)
     drawn = (probabilities.log() + noise).argmax(1).bincount(minlength=4)
     assert scipy.stats.chisquare(drawn.numpy(), (probabilities * 20000).double().numpy()).pvalue > 1e-4
 
