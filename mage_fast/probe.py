@@ -59,7 +59,9 @@ def linear_probe(
             )
     if len(train_labels_N.unique()) < 2:
         raise ValueError("linear_probe: the training labels are of one class, wanted two or more")
-    train_ND, test_MD = (F.layer_norm(x.double().cpu(), x.shape[1:], eps=FEATURE_EPS) for x in (train_ND, test_MD))
+    train_ND, test_MD = (
+        F.layer_norm(x.double().cpu(), x.shape[1:], eps=FEATURE_EPS) for x in (train_ND, test_MD)
+    )
     mean_D, scale_D = train_ND.mean(0), (train_ND.var(0, correction=0) + FEATURE_EPS).sqrt()
     train, test = (((x - mean_D) / scale_D).numpy() for x in (train_ND, test_MD))
     classifier = LogisticRegression(C=regularization, max_iter=1000).fit(train, train_labels_N.cpu().numpy())

@@ -183,9 +183,7 @@ def _complete(cache: Path) -> bool:
 def images_of(split: str, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """All images of a split of the digits, and their labels."""
     source = open_source("digits", image_size=image_size, split=split)  # type: ignore[arg-type]
-    stream = batches(
-        source, 256, image_size=image_size, shuffle=False, drop_last=False, augment="eval"
-    )
+    stream = batches(source, 256, image_size=image_size, shuffle=False, drop_last=False, augment="eval")
     images, labels, _ = zip(*stream, strict=True)
     return torch.cat(images).to(device), torch.cat(labels).to(device)
 
@@ -225,5 +223,7 @@ def masked_reconstruction(
         for number in range(tries)
     ]
     side, pixels = model.config.grid_size, model.tokenizer.config.downsampling
-    hidden_B1HW = hidden_BL.view(batch, 1, side, side).repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
+    hidden_B1HW = (
+        hidden_BL.view(batch, 1, side, side).repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
+    )
     return torch.where(hidden_B1HW, 0.5, images), completions

@@ -30,7 +30,12 @@ class Report:
 
 #: metric, label, how it is shown, what it says
 ROWS = (
-    ("tokenizer_psnr_db", "Tokenizer PSNR", "{:.1f} dB", "held-out digits, after a round trip through tokens"),
+    (
+        "tokenizer_psnr_db",
+        "Tokenizer PSNR",
+        "{:.1f} dB",
+        "held-out digits, after a round trip through tokens",
+    ),
     ("pretrain_loss_first", "Pre-training loss, first", "{:.2f}", "cross-entropy over the codebook"),
     ("pretrain_loss_last", "Pre-training loss, last", "{:.2f}", "the same at the end"),
     ("fid_generated", "Frechet distance, generated", "{:.1f}", "to real digits; smaller is better"),

@@ -13,7 +13,9 @@ from mage_fast.files import atomic_path
 from mage_fast.training.metrics import image_grid, save_png
 
 
-def write_grid(images: Float[Tensor, "N 3 H W"], path: Path, *, columns: int | None = None, zoom: int = 0) -> None:
+def write_grid(
+    images: Float[Tensor, "N 3 H W"], path: Path, *, columns: int | None = None, zoom: int = 0
+) -> None:
     """One PNG of all images, about square unless ``columns`` says otherwise.
 
     Small images are enlarged by whole pixels, ``zoom`` times or until their side is about 64.

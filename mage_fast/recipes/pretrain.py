@@ -95,7 +95,9 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
     else:
         sizes = model_config(tokenizer)
     model = MAGE(sizes, tokenizer).to(device)
-    optimizer = build_adamw(model, scaled_lr(config.base_lr, config.batch_size), weight_decay=config.weight_decay)
+    optimizer = build_adamw(
+        model, scaled_lr(config.base_lr, config.batch_size), weight_decay=config.weight_decay
+    )
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in config._free}
     folder = Run(
         config.out,

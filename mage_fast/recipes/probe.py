@@ -101,7 +101,9 @@ def extract_features(
     steps = steps_per_epoch(source, batch_size, drop_last=False)
     console = Console(stderr=True)
     features, labels = [], []
-    for batch in track(stream, f"features ({split})", steps, console=console, disable=not console.is_terminal):
+    for batch in track(
+        stream, f"features ({split})", steps, console=console, disable=not console.is_terminal
+    ):
         with torch.no_grad(), precision_context(precision, device):
             features.append(model.features(batch.inputs.to(device), block=block).float().cpu())
         labels.append(batch.labels)

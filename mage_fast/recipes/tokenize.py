@@ -56,9 +56,7 @@ def run(config: TokenizeConfig) -> dict[str, int]:
         InputError: an unknown source or augmentation, tokens as a source, a cache with other settings.
     """
     if config.views < 1 or config.batch_size < 1:
-        raise InputError(
-            f"tokenize: views {config.views}, batch_size {config.batch_size}: wanted 1 or more"
-        )
+        raise InputError(f"tokenize: views {config.views}, batch_size {config.batch_size}: wanted 1 or more")
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer, device)
     source = open_source(config.data, image_size=tokenizer.config.image_size, split=config.split)
@@ -86,9 +84,7 @@ def run(config: TokenizeConfig) -> dict[str, int]:
         steps = steps_per_epoch(source, config.batch_size, drop_last=False) - first
         console = Console(stderr=True)
         views: Iterator[tuple[Batch, ...]] = zip(*streams, strict=True)
-        for batch in track(
-            views, "tokenize", total=steps, console=console, disable=not console.is_terminal
-        ):
+        for batch in track(views, "tokenize", total=steps, console=console, disable=not console.is_terminal):
             ids_BKL = torch.stack([_encode(tokenizer, view.inputs, device, config) for view in batch], 1)
             writer.append(ids_BKL[skip:], batch[0].labels[skip:])
             skip = 0
