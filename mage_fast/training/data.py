@@ -288,8 +288,8 @@ def _unchanged(received: Any) -> Any:
 
 
 def _own_process_group(_: int) -> None:
-    """Ctrl-C in a terminal reaches the whole foreground group: workers leave it, so that the training loop
-    can finish its step and save before they go.
+    """Ctrl-C in a terminal, or a scheduler's SIGTERM, reaches the whole process group: workers leave it, so
+    that the training loop can finish its step and save before they go.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -115,6 +115,9 @@ def test_epochs_differ_and_cover_everything() -> None:
     first, second = (torch.cat([b.indices for b in half]) for half in (found[:steps], found[steps:]))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(len(source)))
     assert first.tolist() != second.tolist()
+    same_order = list(batches(source, 360, epochs=2, shuffle=False, drop_last=False, augment="weak"))
+    assert torch.equal(same_order[0].indices, same_order[1].indices)
+    assert not torch.equal(same_order[0].inputs, same_order[1].inputs)
     again = list(batches(source, 50, epoch=1, drop_last=False, augment="weak"))
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(again, found[steps:], strict=True))
 
