@@ -6,7 +6,7 @@ residual ``x`` and ``normed``, the same rows normalised for whoever reads them n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import cast
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -88,11 +88,10 @@ def run_blocks(
     cu_seqlens: Tensor,
     max_seqlen: int,
     rng_state: Tensor | None,
-) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
-    """Yield ``(x, normed)`` after each block; the last block's ``normed`` is ``last_norm(x)``."""
-    first = blocks[0].norm1
-    normed_TD = F.layer_norm(x_TD, first.normalized_shape, first.weight, first.bias, first.eps)
-    next_norms = [block.norm1 for block in blocks[1:]] + [last_norm]
-    for block, next_norm in zip(blocks, next_norms, strict=True):
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+    """``(x, last_norm(x))`` after the blocks, which are :class:`Block`, at least one."""
+    norms = [cast(Block, block).norm1 for block in blocks] + [last_norm]
+    normed_TD = norms[0](x_TD)
+    for block, next_norm in zip(blocks, norms[1:], strict=True):
         x_TD, normed_TD = block(x_TD, normed_TD, next_norm, cu_seqlens, max_seqlen, rng_state)
-        yield x_TD, normed_TD
+    return x_TD, normed_TD

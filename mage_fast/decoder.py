@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -46,5 +44,5 @@ class Decoder(nn.Module):
         )
         batch, positions, _ = x_BSD.shape
         cu_seqlens = torch.arange(0, batch * positions + 1, positions, dtype=torch.int32, device=x_BSD.device)
-        states = run_blocks(self.blocks, self.norm, x_BSD.flatten(0, 1), cu_seqlens, positions, rng_state)
-        return deque(states, maxlen=1).pop()[1].view_as(x_BSD)
+        _, normed = run_blocks(self.blocks, self.norm, x_BSD.flatten(0, 1), cu_seqlens, positions, rng_state)
+        return normed.view_as(x_BSD)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import islice
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,12 +24,15 @@ class Encoder(nn.Module):
         self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, rng_state: Tensor | None
     ) -> Float[Tensor, "T D"]:
         """Normalised output of every packed row."""
-        states = run_blocks(self.blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state)
-        return deque(states, maxlen=1).pop()[1]
+        return self._run(self.blocks, x_TD, plan, rng_state)[1]
 
     def block_output(
         self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, block: int, rng_state: Tensor | None
     ) -> Float[Tensor, "T D"]:
         """The residual stream after block number ``block``, before any norm."""
-        states = run_blocks(self.blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state)
-        return next(islice(states, block, None))[0]
+        return self._run(self.blocks[: block + 1], x_TD, plan, rng_state)[0]
+
+    def _run(
+        self, blocks: nn.ModuleList, x_TD: Tensor, plan: MaskPlan, rng_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return run_blocks(blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state)

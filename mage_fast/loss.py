@@ -35,9 +35,9 @@ class TokenHead(nn.Module):
 
 
 def rows_of_tokens(x_BSD: Float[Tensor, "B S D"], index_N: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
-    """Rows of the tokens ``b * L + l`` out of sequences that start with a class token."""
+    """Rows of the tokens ``b * L + l`` out of sequences that start with a class token; any row for -1."""
     length = x_BSD.shape[1] - 1
-    # token b * L + l stands in row b * (L + 1) + l + 1
+    # token b * L + l stands in row b * (L + 1) + l + 1; -1, which fills up, takes the last row
     return x_BSD.flatten(0, 1)[index_N + index_N // length + 1]
 
 
@@ -47,5 +47,9 @@ def reconstruction_loss(
     masked_index_N: Int[Tensor, "N"],
     label_smoothing: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy with label smoothing, averaged over the masked tokens of the batch."""
-    return masked_cross_entropy(logits_NC, ids_BL.flatten()[masked_index_N], label_smoothing=label_smoothing)
+    """Cross-entropy with label smoothing, averaged over the masked tokens of the batch; 0 without any.
+
+    Rows whose index is -1 (a plan filled up to a fixed size) count nothing.
+    """
+    targets_N = ids_BL.flatten()[masked_index_N].masked_fill(masked_index_N < 0, -1)
+    return masked_cross_entropy(logits_NC, targets_N, label_smoothing=label_smoothing)

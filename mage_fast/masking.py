@@ -6,10 +6,8 @@ masked rows) without waiting for the device.
 
 from __future__ import annotations
 
-import math
-
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mage_fast.config import MAGEConfig
@@ -35,10 +33,21 @@ def draw_mask_ratios(config: MAGEConfig, batch: int, rng_state: Int64[Tensor, "2
     rows = batch if config.ratio_per == "sample" else 1
     u = rng.uniform(rng_state, rng.stream(rng.Stream.MASK_RATIO), rows, 1)[:, 0].double()
     bounds = torch.tensor([config.mask_ratio_min, config.mask_ratio_max], dtype=torch.float64)
-    low, high = torch.special.ndtr((bounds - config.mask_ratio_mode) / config.mask_ratio_std)
-    z = torch.special.ndtri(low + u * (high - low))
-    ratio = (config.mask_ratio_mode + config.mask_ratio_std * z).clamp(*bounds.tolist())
-    return ratio.expand(batch)
+    # bounds over the mode are mirrored: the distribution function is exact near 0, not near 1
+    std = config.mask_ratio_std * (-1.0 if config.mask_ratio_min > config.mask_ratio_mode else 1.0)
+    at_min, at_max = torch.special.ndtr((bounds - config.mask_ratio_mode) / std)
+    z = torch.special.ndtri(at_min + u * (at_max - at_min))
+    ratio = config.mask_ratio_mode + std * z
+    return ratio.clamp(config.mask_ratio_min, config.mask_ratio_max).expand(batch)
+
+
+def token_counts(ratios_B: Float[Tensor, "B"], length: int) -> Int64[Tensor, "B"]:
+    """ceil(ratio * length), whatever a ratio like 0.6 is in binary.
+
+    A ratio up to 1e-6 over a whole number of tokens is that number: 0.6 in float32 is a little more than
+    0.6, and still 6 tokens of 10.
+    """
+    return ((ratios_B.double() - 1e-6) * length).ceil().clamp(min=0).to(torch.int64)
 
 
 def check_mask_ratios(mask_ratios_B: Tensor, batch: int) -> None:
@@ -50,12 +59,12 @@ def check_mask_ratios(mask_ratios_B: Tensor, batch: int) -> None:
         )
     if batch and not bool(((mask_ratios_B >= 0) & (mask_ratios_B <= 1)).all()):
         wrong = mask_ratios_B[~((mask_ratios_B >= 0) & (mask_ratios_B <= 1))][0].item()
-        raise ValueError(f"mask_ratios: got {wrong}, wanted ratios in [0, 1]")
+        raise ValueError(f"mask_ratios: got {wrong:.6g}, wanted ratios in [0, 1]")
 
 
 def draw_plan(
     config: MAGEConfig,
-    mask_ratios_B: Float64[Tensor, "B"],
+    mask_ratios_B: Float[Tensor, "B"],
     rng_state: Int64[Tensor, "2"],
 ) -> MaskPlan:
     """The masking of a training step: ceil(ratio * L) tokens masked, ceil(drop_ratio * L) of them dropped.
@@ -65,16 +74,14 @@ def draw_plan(
 
     Args:
         config: the model's configuration.
-        mask_ratios_B: on the CPU.
+        mask_ratios_B: float64 or float32, on the CPU.
         rng_state: int64 ``(seed, step)`` on the device of the model.
     """
     length = config.num_tokens
-    # a ratio like 0.7 times 10 is 7.000000000000001: round before ceil
-    masked_B = (mask_ratios_B.double() * length).mul(1e9).round().div(1e9).ceil().to(torch.int32)
-    if config.encoder_tokens == "unmasked":
-        dropped_B = masked_B
-    else:
-        dropped_B = masked_B.clamp(max=math.ceil(round(config.drop_ratio * length, 9)))
+    masked_B = token_counts(mask_ratios_B, length)
+    dropped_B = masked_B
+    if config.encoder_tokens == "paper":
+        dropped_B = masked_B.minimum(token_counts(torch.tensor([config.drop_ratio]).double(), length))
     kept_B = length + 1 - dropped_B
     device = rng_state.device
     return mask_plan(

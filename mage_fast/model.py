@@ -18,11 +18,14 @@ from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
 from mage_fast.embedding import TokenEmbedding
 from mage_fast.encoder import Encoder
-from mage_fast.kernels import rng
+from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.loss import TokenHead, reconstruction_loss, rows_of_tokens
 from mage_fast.masking import check_mask_ratios, draw_mask_ratios, draw_plan
 from mage_fast.tokenizer import VQGAN, Tokenizer
+
+#: What token ids may come as; caches of tokens are often 16 bits wide.
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
 
 
 class MAGEOutput(NamedTuple):
@@ -65,7 +68,7 @@ class MAGE(nn.Module):
             )
         self.tokenizer = tokenizer
         if isinstance(tokenizer, nn.Module):
-            tokenizer.requires_grad_(False)
+            tokenizer.requires_grad_(False).eval()
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -78,40 +81,46 @@ class MAGE(nn.Module):
         if self.decoder.mask_token is not None:
             nn.init.normal_(self.decoder.mask_token, std=0.02)
 
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but the frozen tokenizer, which stays in eval mode."""
+        super().train(mode)
+        if isinstance(self.tokenizer, nn.Module):
+            self.tokenizer.eval()
+        return self
+
     def tokenize(self, images_or_ids: Tensor) -> Int64[Tensor, "B L"]:
-        """Codebook ids of images ``[B, 3, H, W]`` in [0, 1]; ids ``[B, L]`` pass through.
+        """Codebook ids, on the model's device, of images ``[B, 3, H, W]`` in [0, 1] or of ids of any
+        integer dtype.
 
         Raises:
-            ValueError: neither of the two, or images for a model without a tokenizer.
+            ValueError: neither of the two, images for a model without a tokenizer, another number of tokens
+                than the model's, or (read on the CPU only) an id outside the codebook.
         """
-        length = self.config.num_tokens
-        if not images_or_ids.is_floating_point():
-            if images_or_ids.dim() != 2 or images_or_ids.shape[1] != length:
-                raise ValueError(f"MAGE: ids have shape {tuple(images_or_ids.shape)}, wanted (*, {length})")
-            _check_ids(images_or_ids, self.config)
-            return images_or_ids
-        if self.tokenizer is None:
-            raise ValueError("MAGE: got images, but this model has no tokenizer; give ids [B, L]")
-        with torch.no_grad():
-            return self.tokenizer.encode(images_or_ids)
+        ids_BL = images_or_ids
+        if images_or_ids.is_floating_point():
+            if self.tokenizer is None:
+                raise ValueError("MAGE: got images, but this model has no tokenizer; give ids [B, L]")
+            with torch.no_grad():
+                ids_BL = self.tokenizer.encode(images_or_ids)
+        check.dtype("MAGE", "ids", ids_BL, _ID_DTYPES)
+        check.shape("MAGE", "ids", ids_BL, (None, self.config.num_tokens))
+        ids_BL = ids_BL.to(torch.int64)
+        check.values("MAGE", "ids", ids_BL, 0, self.config.codebook_size)
+        return ids_BL.to(self.head.bias.device)
 
     def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
         """Ids of the first position: ``codebook_size + label``, or the unconditional id.
 
         Raises:
-            ValueError: a label outside ``[0, class_slots)``, or another number of labels than samples.
+            ValueError: labels that are not integers, another number of them than samples, or (read on the
+                CPU only) one outside ``[0, class_slots)``.
         """
         device = self.head.bias.device
         if labels_B is None:
             return torch.full((batch,), self.config.unconditional_class_id, device=device)
-        if tuple(labels_B.shape) != (batch,):
-            raise ValueError(f"MAGE: labels have shape {tuple(labels_B.shape)}, wanted ({batch},)")
-        if labels_B.device.type == "cpu" and batch:
-            outside = labels_B[(labels_B < 0) | (labels_B >= self.config.class_slots)]
-            if len(outside):
-                raise ValueError(
-                    f"MAGE: label {int(outside[0])} is outside the {self.config.class_slots} class slots"
-                )
+        check.integer("MAGE", "labels", labels_B)
+        check.shape("MAGE", "labels", labels_B, (batch,))
+        check.values("MAGE", "labels", labels_B, 0, self.config.class_slots)
         return labels_B.to(device, torch.int64) + self.config.codebook_size
 
     def forward(
@@ -135,28 +144,37 @@ class MAGE(nn.Module):
                 CPU: ratios are drawn there, the rest on the model's device.
 
         Raises:
-            ValueError: images or ids of a wrong shape, ids outside the codebook, ratios outside [0, 1].
+            ValueError: images or ids of a wrong shape, ids outside the codebook, ratios outside [0, 1],
+                ratios beside a plan.
         """
         ids_BL = self.tokenize(images_or_ids)
-        batch, device = ids_BL.shape[0], self.head.bias.device
+        batch = ids_BL.shape[0]
         if rng_state is None:
             rng_state = rng.new_state()
+        device_state = rng_state.to(ids_BL.device, non_blocking=True)
         if plan is None:
             if mask_ratios_B is None:
                 if rng_state.device.type != "cpu":
                     raise ValueError(
-                        "MAGE: rng_state is on the device, so mask_ratios are wanted (drawing them would wait for it)"
+                        f"MAGE: rng_state is on {rng_state.device} and there are no mask_ratios, wanted it "
+                        "on the CPU (drawing ratios elsewhere would wait for the device)"
                     )
                 mask_ratios_B = draw_mask_ratios(self.config, batch, rng_state)
             check_mask_ratios(mask_ratios_B, batch)
-            rng_state = rng_state.to(device, non_blocking=True)
-            plan = draw_plan(self.config, mask_ratios_B, rng_state)
-        rng_state = rng_state.to(device, non_blocking=True)
-        x_BSD = self.decode_features(ids_BL, self.class_ids(labels_B, batch), plan, rng_state)
+            plan = draw_plan(self.config, mask_ratios_B, device_state)
+        elif mask_ratios_B is not None:
+            raise ValueError("MAGE: got both plan and mask_ratios, wanted one of them")
+        x_BSD = self.decode_features(ids_BL, self.class_ids(labels_B, batch), plan, device_state)
         masked_ND = rows_of_tokens(x_BSD, plan.masked_index_N)
         logits_NC = self.head(masked_ND, self.embedding.word_embeddings.weight)
         loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
         return MAGEOutput(loss, logits_NC, ids_BL, plan)
+
+    def _dropout_state(self, rng_state: Tensor | None) -> Tensor | None:
+        """The given state on the model's device; drawn from torch's generator where dropout wants one."""
+        if rng_state is None and self.training and self.config.dropout > 0.0:
+            rng_state = rng.new_state()
+        return None if rng_state is None else rng_state.to(self.head.bias.device, non_blocking=True)
 
     def decode_features(
         self, ids_BL: Tensor, class_ids_B: Tensor, plan: MaskPlan, rng_state: Tensor | None
@@ -183,7 +201,7 @@ class MAGE(nn.Module):
             is_masked_BL: bool.
             class_ids_B: ids of the first position, see :meth:`class_ids`.
             num_masked_B: row sums of the mask on the CPU; counted (waiting for the device) by default.
-            rng_state: int64 ``(seed, step)``; wanted in training mode with dropout.
+            rng_state: int64 ``(seed, step)`` of the dropout in training mode; drawn by default.
         """
         if class_ids_B is None:
             class_ids_B = self.class_ids(None, ids_BL.shape[0])
@@ -191,7 +209,7 @@ class MAGE(nn.Module):
             num_masked_B = is_masked_BL.sum(1).cpu()
         plan = plan_of_mask(is_masked_BL, num_masked_B, drop_masked=self.config.encoder_tokens == "unmasked")
         ids_BL = ids_BL.masked_fill(is_masked_BL, self.config.mask_token_id)
-        x_BSD = self.decode_features(ids_BL, class_ids_B, plan, rng_state)
+        x_BSD = self.decode_features(ids_BL, class_ids_B, plan, self._dropout_state(rng_state))
         return self.head(x_BSD[:, 1:], self.embedding.word_embeddings.weight)
 
     def features(
@@ -210,10 +228,10 @@ class MAGE(nn.Module):
             images_or_ids: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``.
             block: which block's output, from 0; the last by default.
             pool: False gives every token's feature, ``[B, L, D]``.
-            rng_state: int64 ``(seed, step)``; wanted in training mode with dropout.
+            rng_state: int64 ``(seed, step)`` of the dropout in training mode; drawn by default.
 
         Returns:
-            ``[B, D]``.
+            ``[B, D]``, or ``[B, L, D]``.
 
         Raises:
             ValueError: no such block.
@@ -228,6 +246,7 @@ class MAGE(nn.Module):
         batch, length = ids_BL.shape
         nothing_BL = torch.zeros(batch, length, dtype=torch.bool, device=ids_BL.device)
         plan = plan_of_mask(nothing_BL, torch.zeros(batch, dtype=torch.int64), drop_masked=False)
+        rng_state = self._dropout_state(rng_state)
         x_TD = self.embedding(ids_BL, self.class_ids(None, batch), plan, rng_state)
         x_TD = self.encoder.block_output(x_TD, plan, block, rng_state)
         tokens_BLD = x_TD.view(batch, length + 1, -1)[:, 1:]
@@ -243,7 +262,7 @@ class MAGE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> Self:
-        """A model from a folder of :meth:`save_pretrained`, or from a published ``.pth``.
+        """A model, in eval mode, from a folder of :meth:`save_pretrained`, or from a published ``.pth``.
 
         Args:
             path: the folder or file.
@@ -262,12 +281,4 @@ class MAGE(nn.Module):
         with torch.device("meta"):  # the checkpoint's tensors become the parameters
             model = cls(config, tokenizer)
         storage.load_state(model, state, path, assign=True)
-        return model
-
-
-def _check_ids(ids_BL: Tensor, config: MAGEConfig) -> None:
-    if ids_BL.device.type == "cpu" and not torch.compiler.is_compiling() and ids_BL.numel():
-        low, high = (int(v) for v in torch.aminmax(ids_BL))
-        if low < 0 or high >= config.codebook_size:
-            got = low if low < 0 else high
-            raise ValueError(f"MAGE: ids hold {got}, wanted 0 <= id < {config.codebook_size} (the codebook)")
+        return model.eval()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from mage_fast.kernels import rng
+from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.model import MAGE
 
@@ -53,6 +54,11 @@ class SamplerConfig:
                 f"SamplerConfig: (choice_temperature, temperature) is "
                 f"{(self.choice_temperature, self.temperature)}, wanted 0 or more and more than 0"
             )
+        if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
+            raise ValueError(
+                f"SamplerConfig: (top_k, top_p) is {(self.top_k, self.top_p)}, wanted top_k >= 0 and "
+                "0 < top_p <= 1"
+            )
 
 
 def masked_counts(schedule: str, steps: int, num_unknown_B: Int[Tensor, "B"]) -> Int64[Tensor, "steps B"]:
@@ -65,7 +71,7 @@ def masked_counts(schedule: str, steps: int, num_unknown_B: Int[Tensor, "B"]) ->
     left_B = num_unknown_B.to(torch.int64)
     for t in range(steps):
         part = max(0.0, SCHEDULES[schedule]((t + 1) / steps))
-        wanted_B = (num_unknown_B * part).floor().to(torch.int64)
+        wanted_B = (num_unknown_B.double() * part).floor().to(torch.int64)
         left_B = torch.where(num_unknown_B > 0, wanted_B.minimum(left_B - 1).clamp(min=1), 0)
         counts.append(left_B)
     return torch.stack(counts)
@@ -84,7 +90,7 @@ def decode_steps(
     """Yield all tokens as decided after each step; the last are the result.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, or dropout disturbs the samples.
         ids_BL: known ids, and ``mask_token_id`` where unknown. Known ids never change.
         config: the sampler's settings.
         class_ids_B: ids of the first position, unconditional by default.
@@ -98,6 +104,9 @@ def decode_steps(
     unconditional_B = model.class_ids(None, ids_BL.shape[0])
     num_unknown_B = (ids_BL == model_config.mask_token_id).sum(1).cpu()
     counts = masked_counts(config.schedule, config.steps, num_unknown_B)
+    # on the device at once: no step copies from the host
+    device_counts = counts.to(device)
+    rng_states = torch.tensor([(seed, t) for t in range(config.steps)], device=device)
     left_B = num_unknown_B
     for t in range(config.steps):
         is_masked_BL = ids_BL == model_config.mask_token_id
@@ -113,10 +122,10 @@ def decode_steps(
         sampled_BL, ids_BL = sample_confident(
             logits,
             ids_BL,
-            counts[t].to(device),
+            device_counts[t],
             mask_token_id=model_config.mask_token_id,
             choice_temperature=config.choice_temperature * (1 - (t + 1) / config.steps),
-            rng_state=rng.new_state(seed, t, device),
+            rng_state=rng_states[t],
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -138,21 +147,36 @@ def generate_ids(
     seed: int | None = None,
     first_sample: int = 0,
 ) -> Int64[Tensor, "B L"]:
-    """Decode one batch of token ids; the arguments are those of :func:`generate`."""
+    """Decode one batch of token ids.
+
+    Args:
+        model: any :class:`MAGE`, also one without a tokenizer; it decodes in eval mode.
+        batch: how many images; unused where ``ids_BL`` is given.
+        ids_BL: start, with ``model.config.mask_token_id`` at the tokens to sample (inpainting); the others
+            stay. All tokens are sampled by default.
+        labels_B: as in :func:`generate`, and so the rest.
+        config: settings.
+        seed: of the noise.
+        first_sample: index of sample 0 in the whole run.
+
+    Raises:
+        ValueError: ids of another shape, or (read on the CPU only) neither codes nor [M]; labels that do
+            not fit; a wrong count.
+    """
+    mask_token_id, length = model.config.mask_token_id, model.config.num_tokens
+    device = model.head.bias.device
     if ids_BL is None:
         if batch is None or batch < 1:
             raise ValueError(f"generate: number of images is {batch}, wanted at least 1")
-        device = model.head.bias.device
-        ids_BL = torch.full((batch, model.config.num_tokens), model.config.mask_token_id, device=device)
-    elif ids_BL.dim() != 2 or ids_BL.shape[1] != model.config.num_tokens:
-        raise ValueError(
-            f"generate: ids have shape {tuple(ids_BL.shape)}, wanted (*, {model.config.num_tokens})"
-        )
+        ids_BL = torch.full((batch, length), mask_token_id, device=device)
+    check.shape("generate", "ids", ids_BL, (None, length))
+    check.integer("generate", "ids", ids_BL)
+    known_BL = ids_BL.masked_fill(ids_BL == mask_token_id, 0)
+    check.values("generate", "ids", known_BL, 0, model.config.codebook_size)
+    ids_BL = ids_BL.to(device)
     class_ids_B = model.class_ids(labels_B, ids_BL.shape[0])
     seed = int(rng.new_state()[0]) if seed is None else seed
-    was_training = model.training
-    model.eval()
-    try:
+    with _eval_mode(model):
         for sampled_BL in decode_steps(
             model,
             ids_BL,
@@ -162,9 +186,19 @@ def generate_ids(
             first_sample=first_sample,
         ):
             ids_BL = sampled_BL
-    finally:
-        model.train(was_training)
     return ids_BL
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; each module's own mode again afterwards (parts of a model may be frozen)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def generate_batches(
@@ -183,6 +217,8 @@ def generate_batches(
         raise ValueError(f"generate: batch_size is {batch_size}, wanted at least 1")
     if num_images < 1:
         raise ValueError(f"generate: number of images is {num_images}, wanted at least 1")
+    if labels_B is not None:
+        check.shape("generate", "labels", labels_B, (num_images,))
     seed = int(rng.new_state()[0]) if seed is None else seed
     for first in range(0, num_images, batch_size):
         count = min(batch_size, num_images - first)

@@ -77,20 +77,21 @@ def attention(
 
 
 def _check_sequences(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    if len(cu_seqlens) < 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
-        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1])) if len(cu_seqlens) else ()
+    ends = tuple(cu_seqlens[[0, -1]].tolist()) if len(cu_seqlens) else ()
+    if ends != (0, total):
         raise ValueError(f"attention: cu_seqlens runs over {ends}, wanted from 0 to the {total} rows of qkv")
-    lengths = cu_seqlens.diff()
-    if len(lengths) and int(lengths.min()) < 0:
-        raise ValueError(f"attention: cu_seqlens falls by {-int(lengths.min())}, wanted it not to decrease")
-    if len(lengths) and int(lengths.max()) > max_seqlen:
+    lengths = cu_seqlens.diff().tolist()
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    if shortest < 0:
+        raise ValueError(f"attention: cu_seqlens falls by {-shortest}, wanted it not to decrease")
+    if longest > max_seqlen:
         raise ValueError(
-            f"attention: max_seqlen is {max_seqlen}, wanted at least the longest sequence, {int(lengths.max())}"
+            f"attention: max_seqlen is {max_seqlen}, wanted at least the longest sequence, {longest}"
         )
 
 
 def _fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    total, _, heads, features = qkv.shape
+    total, _three, heads, features = qkv.shape
     statistic = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty((total, heads, features)), qkv.new_empty((total, heads), dtype=statistic)
 

@@ -98,7 +98,7 @@ def attention_backward(
 
     p_BHQK = torch.exp(padding.hide((q * softmax_scale) @ k.transpose(2, 3)) - lse[..., None])
     if not padding.uniform:  # rows past a sequence's end hold another sequence's queries
-        p_BHQK = p_BHQK * padding.valid_BM[:, None, :, None]
+        p_BHQK = p_BHQK.masked_fill(~padding.valid_BM[:, None, :, None], 0.0)  # 0 * inf would be NaN
     grad_v = (p_BHQK * keep).transpose(2, 3) @ grad
     grad_p_BHQK = (grad @ v.transpose(2, 3)) * keep
     row_BHQ1 = (grad * out).sum(3, keepdim=True)  # = sum_k P dP, the softmax's own projection
