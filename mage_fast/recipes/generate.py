@@ -20,7 +20,7 @@ from mage_fast.sampler import SamplerConfig, generate_ids
 from mage_fast.training.images import read_rgb
 from mage_fast.training.metrics import save_png
 from mage_fast.training.run import check_settings, pick_device
-from mage_fast.training.token_cache import module_fingerprint
+from mage_fast.training.run_state import module_fingerprint
 
 SETTINGS = "generate.json"
 GRID_IMAGES = 64

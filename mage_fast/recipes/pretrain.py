@@ -25,7 +25,7 @@ from mage_fast.training.optim import build_adamw, clip_gradients
 from mage_fast.training.run import Run, pick_device
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 from mage_fast.training.sources import Source, TokenSource
-from mage_fast.training.token_cache import module_fingerprint
+from mage_fast.training.run_state import module_fingerprint
 
 
 @dataclass(frozen=True)
