@@ -17,7 +17,7 @@ setup: $(STAMP) ## create .venv with pinned packages and the compiled extension
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'mage_fast wants Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # Re-made when what is installed changes: the pins, the metadata, the build or a C++ source.
 $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*) | $(BIN)/python
@@ -34,7 +34,7 @@ test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP) ## time every op at its real shapes; writes benchmarks/results/<device>.json
-	$(BIN)/python -m pytest -q benchmarks --benchmark-enable
+	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-max-time 0.5
 
 lint: $(STAMP) ## ruff, ruff format and mypy, without changing a file
 	$(BIN)/ruff check .

@@ -233,6 +233,15 @@ class MAGEConfig(_Config):
         return cls(**(huge | changes))
 
     @classmethod
+    def small(cls, **changes: Any) -> Self:
+        """A model for small images and laptops: 1.2 million parameters beside its tables."""
+        sizes: dict[str, Any] = {
+            **{"encoder_width": 128, "encoder_depth": 4, "encoder_heads": 4},
+            **{"decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4},
+        }
+        return cls(**(sizes | changes))
+
+    @classmethod
     def tiny(cls, **changes: Any) -> Self:
         """A model for tests and laptops: 4 x 4 tokens of a 32-code codebook, width 32."""
         small: dict[str, Any] = {

@@ -22,6 +22,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # as of a write to a full disk: say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

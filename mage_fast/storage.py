@@ -154,6 +154,15 @@ def load_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.
     """
+    return read_config(folder), read_safetensors(Path(folder) / WEIGHTS_NAME)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder.
+
+    Raises:
+        CheckpointError: missing or not a JSON object.
+    """
     path = Path(folder) / CONFIG_NAME
     try:
         config = json.loads(_existing(path).read_text(encoding="utf-8"))
@@ -163,7 +172,7 @@ def load_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
         raise CheckpointError(f"{path}: not a JSON file ({_one_line(error)})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds a {type(config).__name__}, wanted an object")
-    return config, read_safetensors(Path(folder) / WEIGHTS_NAME)
+    return config
 
 
 def _existing(path: str | Path) -> Path:

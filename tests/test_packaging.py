@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -90,6 +91,12 @@ def test_kernels_refuses_to_be_a_top_level_package() -> None:
     assert done.returncode == 1
     assert "ImportError" in done.stderr
     assert "import mage_fast.kernels" in done.stderr
+
+
+def test_readme_example_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    python(code, tmp_path, PYTHONPATH=str(ROOT))
+    assert (tmp_path / "my_mage" / "config.json").is_file()
 
 
 # The source tree
@@ -215,7 +222,8 @@ def test_wheel_installs_and_runs_elsewhere(tree: Path, tmp_path: Path) -> None:
     assert files - metadata == modules | {"mage_fast/py.typed", "mage_fast/kernels/libmage_fast_cpu.so"}
     assert any(f.endswith("licenses/LICENSE") for f in metadata)
     library = tmp_path / "site" / "mage_fast" / "kernels" / "libmage_fast_cpu.so"
-    assert os.fsencode(ROOT) not in library.read_bytes()
+    for builder in (ROOT, tree, sys.prefix):
+        assert os.fsencode(builder) not in library.read_bytes()
     if shutil.which("readelf"):
         dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
         assert "libtorch_cpu" in dynamic

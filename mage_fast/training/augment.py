@@ -49,11 +49,13 @@ class Augmentation:
             raise InputError(f"Augmentation: resize_ratio is {self.resize_ratio}, wanted 1 or more")
 
 
-#: By name: the pre-training recipe, its weak variant, the weak one without flip, and evaluation.
+#: By name: the pre-training recipe, its weak variant, the weak one without flip, a random window at the
+#: image's own resolution, and evaluation.
 AUGMENTATIONS = {
     "strong": Augmentation(),
     "weak": Augmentation(scale=(0.8, 1.0)),
     "weak-no-flip": Augmentation(scale=(0.8, 1.0), flip=False),
+    "window": Augmentation(resize=False),
     "eval": Augmentation(crop="center", flip=False),
 }
 

@@ -54,11 +54,11 @@ def open_source(
     if spec == "digits":
         return DigitsSource(image_size=image_size, split=split)
     if kind == "folder":
-        return FolderSource(rest, split=split, min_side=min_side)
+        return FolderSource(rest, image_size=image_size, split=split, min_side=min_side)
     if kind == "tokens":
         return TokenSource(rest, split=split, verify=verify)
     if kind == "hf":
-        return HuggingFaceSource(rest, split=split, min_side=min_side)
+        return HuggingFaceSource(rest, image_size=image_size, split=split, min_side=min_side)
     raise InputError(f"unknown data source {spec!r}, wanted one of {KNOWN_SOURCES}")
 
 
@@ -86,7 +86,7 @@ def batches(
     source: Source,
     batch_size: int,
     *,
-    image_size: int = 256,
+    image_size: int | None = None,
     seed: int = 0,
     epoch: int = 0,
     start_step: int = 0,
@@ -108,7 +108,7 @@ def batches(
     Args:
         source: see :func:`open_source`.
         batch_size: items a batch.
-        image_size: pixels along a side of the images made.
+        image_size: pixels along a side of the images made; the source's own by default.
         seed: of order and augmentation, 0 or more.
         epoch: first epoch.
         start_step: first batch of that epoch; may exceed an epoch's length (then it counts on).
@@ -124,6 +124,7 @@ def batches(
         InputError: at once: fewer items than a batch, an image smaller than a crop that does not resize.
             While iterating: no image of the source is readable.
     """
+    image_size = image_size or source.image_size
     if min(batch_size, image_size) < 1 or min(seed, epoch, start_step, workers) < 0:
         raise InputError(
             f"batches: batch_size {batch_size}, image_size {image_size}, seed {seed}, epoch {epoch}, "
@@ -263,9 +264,10 @@ class _Batches(Dataset[_Received]):
 
 def _received(loader: DataLoader[_Received], source: Source) -> Generator[Batch, None, None]:
     """Batches out of what the workers send; damaged files are noted on the way, a sum of them at the end."""
-    noted, yielded = len(source.bad_files), 0
+    noted, received, yielded = len(source.bad_files), 0, 0
     try:
         for batch, bad_files in loader:
+            received += 1
             for name, reason in bad_files.items():
                 source.report_bad(name, reason)
             if isinstance(batch, InputError):
@@ -273,7 +275,7 @@ def _received(loader: DataLoader[_Received], source: Source) -> Generator[Batch,
             if len(batch.labels):
                 yielded += 1
                 yield batch
-        if len(source.bad_files) > noted and not yielded:
+        if received and not yielded:  # only bad files empty a batch
             raise InputError(f"{source.spec}: none of its {len(source)} images is readable")
     finally:
         if len(source.bad_files) > noted:
@@ -286,8 +288,8 @@ def _unchanged(received: Any) -> Any:
 
 
 def _own_process_group(_: int) -> None:
-    """Ctrl-C in a terminal reaches the whole foreground group: workers leave it, so that the training loop
-    can finish its step and save before they go.
+    """Ctrl-C in a terminal, or a scheduler's SIGTERM, reaches the whole process group: workers leave it, so
+    that the training loop can finish its step and save before they go.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -27,7 +27,10 @@ class HuggingFaceSource(Source):
         InputError: ``datasets`` is not installed, no such dataset or split, no image column.
     """
 
-    def __init__(self, name: str, *, split: Split = "train", min_side: int = 1) -> None:
+    def __init__(
+        self, name: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1
+    ) -> None:
+        self.image_size = image_size
         name, _, part = name.partition(":")
         spec = f"hf:{name}"
         try:

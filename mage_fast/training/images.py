@@ -40,7 +40,7 @@ def read_rgb(file: Path | str | BinaryIO) -> Image.Image:
         raise UnreadableImage(_reason(error)) from error
 
 
-def image_size(file: Path | str) -> tuple[int, int]:
+def header_size(file: Path | str) -> tuple[int, int]:
     """(width, height) from the file's header, without decoding.
 
     Raises:

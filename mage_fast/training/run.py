@@ -66,7 +66,8 @@ def check_settings(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, 
     ]
     if differing:
         raise InputError(
-            f"{folder} holds a run with {', '.join(differing)}: give another --out, or the settings it began with"
+            f"{folder} holds a run with {', '.join(differing)}: "
+            "give another --out, or the settings it began with"
         )
 
 

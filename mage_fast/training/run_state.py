@@ -6,6 +6,7 @@ tensors are ``optimizer.<parameter index>.<name>``. Everything else is JSON in t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ def save_run_state(path: Path | str, state: RunState, /, **parts: Part) -> None:
             _read_header(temporary)
     except (OSError, safetensors.SafetensorError) as error:
         kept = "; the previous state is still there" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path}: {error}{kept}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {path}: {reason}{kept}") from error
 
 
 def read_run_state(path: Path | str) -> RunState:
@@ -116,6 +118,15 @@ def load_run_state(path: Path | str, /, **parts: Part) -> RunState:
     for part, values in loads:
         part.load_state_dict(values)
     return RunState(header["step"], header["epoch"], header["config"], header["extra"])
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a module's state: tells one tokenizer from another."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -181,6 +192,7 @@ def _optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, T
     return tensors, {"groups": groups, "scalars": scalars}
 
 
+@torch.no_grad()
 def _optimizer_from_tensors(
     where: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> dict[str, Any]:
@@ -193,10 +205,14 @@ def _optimizer_from_tensors(
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | saved["scalars"]).items():
         index, _, name = key.partition(".")
-        if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(index)].shape:
-            raise CheckpointError(
-                f"{where}.{key} has shape {tuple(value.shape)}, wanted {tuple(parameters[int(index)].shape)}"
-            )
+        if isinstance(value, Tensor) and value.ndim:
+            parameter = parameters[int(index)]
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{where}.{key} has shape {tuple(value.shape)}, wanted {tuple(parameter.shape)}"
+                )
+            # The parameter's own strides (channels_last): fused kernels walk all of them in memory order.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     groups = [
         {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mage_fast.errors import InputError
 from mage_fast.training.augment import EVALUATION_RESIZE, require_size
-from mage_fast.training.images import EXTENSIONS, UnreadableImage, image_size, read_rgb
+from mage_fast.training.images import EXTENSIONS, UnreadableImage, header_size, read_rgb
 from mage_fast.training.token_cache import TokenCache
 
 Split = Literal["train", "test", "all"]
@@ -38,6 +38,8 @@ class Source:
     can_flip = True
     #: Short side before the evaluation's centre crop, over the crop.
     resize_ratio = EVALUATION_RESIZE
+    #: Pixels along a side of the inputs to be made.
+    image_size = 256
 
     def __init__(self, spec: str, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:
         self.spec = spec
@@ -119,11 +121,11 @@ class DigitsSource(Source):
         chosen = split_indices(data.target, [str(index) for index in range(len(data.target))], split)
         super().__init__("digits", data.target[chosen], [str(digit) for digit in range(10)])
         self._pixels = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
-        self._size = (image_size, image_size)
+        self.image_size = image_size
 
     def image(self, index: int) -> Image.Image:
         small = Image.fromarray(self._pixels[index])
-        return small.resize(self._size, Image.Resampling.BICUBIC).convert("RGB")
+        return small.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC).convert("RGB")
 
 
 class FolderSource(Source):
@@ -142,7 +144,10 @@ class FolderSource(Source):
         InputError: no such folder, not a folder, or no image in it.
     """
 
-    def __init__(self, path: str, *, split: Split = "train", min_side: int = 1) -> None:
+    def __init__(
+        self, path: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1
+    ) -> None:
+        self.image_size = image_size
         self.root = Path(path).expanduser()
         self.min_side = min_side
         spec = f"folder:{path}"
@@ -220,7 +225,7 @@ class FolderSource(Source):
     def require_size(self, crop: int) -> None:
         for index in range(len(self)):
             try:
-                size = image_size(self.name(index))
+                size = header_size(self.name(index))
             except UnreadableImage:
                 continue  # skipped and named when it is its turn
             require_size(size, crop, self.name(index))

@@ -72,11 +72,7 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 def cast(inputs: dict, dtype: torch.dtype) -> dict:
     """The same inputs as fresh leaves, floating tensors in ``dtype``; strides are kept."""
-
-    def one(x: Tensor) -> Tensor:
-        return x.detach().to(dtype if x.is_floating_point() else x.dtype).requires_grad_(x.requires_grad)
-
-    return tree_map_only(Tensor, one, inputs)
+    return laid_out(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 def stepped(x: Tensor) -> Tensor:
@@ -92,6 +88,11 @@ def transposed(x: Tensor) -> Tensor:
 
 
 LAYOUTS = (stepped, transposed)
+
+
+def laid_out(inputs: Any, layout: Callable[[Tensor], Tensor]) -> Any:
+    """The same inputs as fresh leaves, every tensor in another layout."""
+    return tree_map_only(Tensor, lambda x: layout(x.detach()).requires_grad_(x.requires_grad), inputs)
 
 
 def cotangent(y: Tensor, index: int) -> Tensor:
@@ -146,7 +147,7 @@ def nan_filled_buffers() -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the calls of our ops with copies of their arguments."""
+    """Keeps the calls of our ops with fresh leaves of the same memory as arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,11 +155,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "mage_fast":
-
-            def copy(x: Tensor) -> Tensor:
-                return x.detach().clone().requires_grad_(x.requires_grad)
-
-            self.calls.append((func, tree_map_only(Tensor, copy, args)))
+            self.calls.append((func, laid_out(args, lambda x: x)))
         return func(*args, **(kwargs or {}))
 
 
@@ -166,16 +163,13 @@ class OpSuite:
     """Subclass as ``class TestOp(OpSuite)``."""
 
     op: str
+    #: staticmethod: the op in plain PyTorch, with autograd, on inputs of any floating dtype.
+    oracle: Callable[..., Any]
     #: id -> (changes to the first tiny spec's inputs, the ValueError's message)
     bad: dict[str, tuple[dict, str]] = {}  # noqa: RUF012
     #: Size of the terms that cancel in the op: results smaller than it are compared as if they were as large.
     floor = 0.0
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-    @staticmethod
-    def oracle(**inputs: Any) -> Any:
-        """The op in plain PyTorch, with autograd, on inputs of any floating dtype."""
-        raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         tiny = [s for s in self.specs() if s.name.startswith("tiny")]
@@ -221,12 +215,7 @@ class OpSuite:
         self.check(self.function(target), tiny.inputs(dtype, target.device))
 
     def test_non_contiguous(self, target: Target, tiny: Any, layout: Callable) -> None:
-        inputs = tiny.inputs(torch.float32, target.device)
-
-        def one(x: Tensor) -> Tensor:
-            return layout(x.detach()).requires_grad_(x.requires_grad)
-
-        self.check(self.function(target), tree_map_only(Tensor, one, inputs), layout)
+        self.check(self.function(target), laid_out(tiny.inputs(torch.float32, target.device), layout), layout)
 
     def test_expanded_gradient(self, target: Target, tiny: Any) -> None:
         """The gradient of a plain sum has stride 0 everywhere."""
@@ -259,15 +248,28 @@ class OpSuite:
                 args = tree_map_only(Tensor, Tensor.detach, args)
             torch.library.opcheck(call, args)
 
+    def test_fake_strides(self, target: Target, tiny: Any, layout: Callable) -> None:
+        """What the fake promises of the results' strides holds for strided inputs and gradients too."""
+        inputs = laid_out(tiny.inputs(torch.float32, target.device), layout)
+        with _Recorder() as recorder:
+            differentiate(self.function(target), inputs, layout)
+        for call, args in recorder.calls:
+            with torch.no_grad():
+                meta = tree_map_only(Tensor, lambda x: x.to("meta"), args)
+                for real, fake in zip(tensors(call(*args)), tensors(call(*meta)), strict=True):
+                    assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+                    strides = zip(real.shape, real.stride(), fake.stride(), strict=True)
+                    assert all(got == wanted for size, got, wanted in strides if size > 1)
+
     def test_second_derivative_is_refused(self, target: Target, tiny: Any) -> None:
         inputs = tiny.inputs(torch.float32, target.device)
         leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
         if not leaves:
             pytest.skip(f"{self.op} has no gradient")
-        loss = sum(y.square().sum() for y in tensors(self.function(target)(**inputs)) if y.requires_grad)
-        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        outputs = [y for y in tensors(self.function(target)(**inputs)) if y.requires_grad]
+        grads = torch.autograd.grad([y.square().sum() for y in outputs], leaves, create_graph=True)
         with pytest.raises(NotImplementedError, match=f"{self.op} has no second derivative"):
-            torch.autograd.grad(sum(grad.sum() for grad in grads), leaves)
+            torch.autograd.grad([grad.sum() for grad in grads], leaves)
 
     def test_gradcheck(self, tiny: Any) -> None:
         inputs = tiny.inputs(torch.float64)

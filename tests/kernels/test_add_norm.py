@@ -28,7 +28,7 @@ def oracle(
     rng_state: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    if dropout > 0:
+    if rng_state is not None and dropout > 0:
         keep = rng.keep_mask(rng_state, stream, branch_TD.shape, dropout)
         branch_TD = branch_TD * keep / (1 - round(dropout * 65536) / 65536)
     out = residual_TD + branch_TD

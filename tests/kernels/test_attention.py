@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def oracle(qkv: Tensor, cu_seqlens: Tensor, dropout: float, state: Tensor | None
     total, _, heads, features = qkv.shape
     bounds = cu_seqlens.tolist()
     outputs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         q, k, v = qkv[start:end].permute(1, 2, 0, 3)
         p = torch.softmax(q @ k.transpose(1, 2) * features**-0.5, -1)
         if dropout:

@@ -23,7 +23,7 @@ def oracle(
     stream: int = 0,
 ) -> Tensor:
     y = F.gelu(x_TF + bias_F)
-    if dropout > 0:
+    if rng_state is not None and dropout > 0:
         y = y * rng.keep_mask(rng_state, stream, y.shape, dropout) / (1 - round(dropout * 65536) / 65536)
     return y
 

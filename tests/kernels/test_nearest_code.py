@@ -60,6 +60,15 @@ class TestNearestCode(OpSuite):
         inputs = Spec("agree", 300, 64, 16).inputs(torch.float32, target.device)
         assert torch.equal(self.function(target)(**inputs), distances(**inputs).argmin(1))
 
+    def test_autocast_does_not_narrow_the_distances(self, target: Target) -> None:
+        """In bfloat16 some of these indices would differ."""
+        inputs = Spec("agree", 300, 64, 16).inputs(torch.float32, target.device)
+        wanted = distances(**inputs).argmin(1)
+        narrow = {name: x.bfloat16() for name, x in inputs.items()}
+        assert not torch.equal(distances(**narrow).argmin(1), wanted)
+        with torch.autocast(target.device, torch.bfloat16):
+            assert torch.equal(self.function(target)(**inputs), wanted)
+
     def test_ties_go_to_the_lowest_index(self, target: Target) -> None:
         """Small integers: every distance is exact, and many are equal."""
         generator = torch.Generator().manual_seed(0)

@@ -137,6 +137,13 @@ class TestPadDecoder(OpSuite):
         grad = wanted["gradient of encoded_TD"].bfloat16()
         assert torch.equal(got["gradient of encoded_TD"], grad)  # accumulated in float32, rounded once
 
+    def test_long_sums_of_narrow_gradients(self, target: Target) -> None:
+        """Counting past 256 in bfloat16 would stop there; 600 itself fits."""
+        inputs = Spec("long", 1, 599, 3, 0, 4).inputs(torch.bfloat16, target.device)
+        out = self.function(target)(**inputs)
+        (grad,) = torch.autograd.grad(out.sum(), inputs["encoded_TD"])
+        assert (grad[0] == 600).all()
+
     def test_no_encoded_row(self, target: Target) -> None:
         """With a mask token an image may have no row at all."""
         inputs = {

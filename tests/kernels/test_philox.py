@@ -28,7 +28,7 @@ seeds = st.integers(-(2**63), 2**63 - 1)
 streams = st.integers(0, MASK)
 
 
-def python_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+def python_philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
     """Figure 2 of the paper, in unbounded integers."""
     a, b, c, d = counter
     for i in range(10):

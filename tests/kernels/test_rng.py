@@ -58,6 +58,11 @@ def test_numbers_belong_to_the_sample() -> None:
         assert torch.equal(draw(state(), 5, 5, 7)[2:4], draw(state(), 5, 2, 7, first_row=2))
 
 
+def signed(value: int, bits: int) -> int:
+    """Two's complement."""
+    return value - 2**bits if value >= 2 ** (bits - 1) else value
+
+
 @few
 @given(
     seed=seeds,
@@ -66,14 +71,16 @@ def test_numbers_belong_to_the_sample() -> None:
     p=st.floats(0, 1, exclude_max=True),
 )
 def test_keep_mask_layout(seed: int, stream: int, shape: tuple[int, ...], p: float) -> None:
-    """Element e: half e % 8 of block e // 8, the low half of a word first; kept iff >= the threshold."""
+    """Element e: half e % 8 of block e // 8, the low half of a word first; kept iff, as a signed
+    integer, >= the threshold - 2**15."""
     halves = []
     for e in range(math.prod(shape)):
         word = python_block(seed, 3, stream, 0, e // 8)[e % 8 // 2]
         halves.append(word >> 16 * (e % 2) & 0xFFFF)
     got = rng.keep_mask(state(seed, 3), stream, shape, p)
     assert (got.dtype, got.shape) == (torch.bool, shape)
-    assert got.flatten().tolist() == [half >= min(round(p * 2**16), 2**16 - 1) for half in halves]
+    bound = min(round(p * 2**16), 2**16 - 1) - 2**15
+    assert got.flatten().tolist() == [signed(half, 16) >= bound for half in halves]
 
 
 @few
@@ -88,8 +95,8 @@ def test_keep_mask_attention_layout(seed: int, stream: int, rows: int, keys: int
 
     got = rng.keep_mask_attention(state(seed, 3), stream, rows, keys, p)
     assert (got.dtype, got.shape) == (torch.bool, (rows, keys))
-    bound = min(round(p * 2**8), 2**8 - 1)
-    assert got.tolist() == [[octet(r, k) >= bound for k in range(keys)] for r in range(rows)]
+    bound = min(round(p * 2**8), 2**8 - 1) - 2**7
+    assert got.tolist() == [[signed(octet(r, k), 8) >= bound for k in range(keys)] for r in range(rows)]
 
 
 def test_uniform_is_exact_and_open() -> None:

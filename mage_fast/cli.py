@@ -1,0 +1,69 @@
+"""The command line ``mage-fast``: one verb a recipe, options from the recipe's dataclass.
+
+Exit codes: 0 done, 1 training cannot go on, 2 wrong input (one line on standard error), 130 stopped by
+Ctrl-C or SIGTERM with the state saved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from mage_fast.errors import TrainingError
+from mage_fast.kernels.dispatch import Unsupported
+from mage_fast.recipes import convert, demo, env, generate, pretrain, probe, tokenize, train_tokenizer
+
+VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
+    "demo": (demo.DemoConfig, demo.run),
+    "train-tokenizer": (train_tokenizer.TrainTokenizerConfig, train_tokenizer.run),
+    "tokenize": (tokenize.TokenizeConfig, tokenize.run),
+    "pretrain": (pretrain.PretrainConfig, pretrain.run),
+    "generate": (generate.GenerateConfig, generate.run),
+    "probe": (probe.ProbeConfig, probe.run),
+    "convert": (convert.ConvertConfig, convert.run),
+    "env": (env.EnvConfig, env.run),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit code. The result goes to standard output as JSON."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    config = parse(arguments)
+    run = next(run for kind, run in VERBS.values() if type(config) is kind)
+    try:
+        result = run(config)
+    except TrainingError as error:
+        return _fail(error, 1)
+    except (ValueError, OSError, Unsupported) as error:
+        if sys.flags.dev_mode:  # python -X dev -m mage_fast.cli: for whoever debugs
+            raise
+        return _fail(error, 2)
+    if not isinstance(config, env.EnvConfig):
+        print(json.dumps(result, indent=2))
+    return 130 if result.get("stopped_by") else 0
+
+
+def parse(arguments: Sequence[str] | None) -> Any:
+    """The verb's configuration from command-line arguments; a wrong option exits with 2."""
+    choices = [
+        Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)]  # type: ignore[valid-type]
+        for name, (kind, _) in VERBS.items()
+    ]
+    union: Any = choices[0]
+    for choice in choices[1:]:
+        union = union | choice
+    return tyro.cli(union, prog="mage-fast", args=arguments, description="MAGE with fused kernels.")
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"mage-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

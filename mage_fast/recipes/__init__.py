@@ -1,0 +1,1 @@
+"""One dataclass and one ``run(config)`` a verb of the command line."""

@@ -1,0 +1,229 @@
+"""``mage-fast demo``: the whole of MAGE on real handwritten digits, in a few minutes on a laptop.
+
+Tokenizer, token cache, pre-training, generation, masked reconstruction, linear probe; then a report.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mage_fast.config import MAGEConfig, TokenizerConfig
+from mage_fast.files import atomic_path
+from mage_fast.kernels import rng
+from mage_fast.model import MAGE
+from mage_fast.probe import chance_level, linear_probe
+from mage_fast.recipes import pretrain, tokenize, train_tokenizer
+from mage_fast.recipes.classifier import DigitClassifier
+from mage_fast.recipes.demo_report import Report, write_report
+from mage_fast.recipes.loading import load_model
+from mage_fast.recipes.pictures import write_grid
+from mage_fast.recipes.probe import extract_features
+from mage_fast.sampler import SamplerConfig, generate, generate_ids
+from mage_fast.tokenizer import VQGAN
+from mage_fast.training.data import batches, open_source
+from mage_fast.training.metrics import frechet_distance, psnr_db
+from mage_fast.training.run import pick_device
+
+#: Images of the Frechet distances; real ones are the whole training split.
+FRECHET_IMAGES = 1024
+SAMPLER = SamplerConfig(steps=12, choice_temperature=4.0)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train, generate and probe on scikit-learn's real handwritten digits; writes report.html."""
+
+    #: Folder of the report, the pictures and the runs. The same command goes on where it stopped.
+    out: Path = Path("out/demo")
+    #: Training steps of the tokenizer.
+    tokenizer_steps: int = 400
+    #: Epochs of pre-training.
+    epochs: int = 120
+    seed: int = 0
+    device: str = "auto"
+
+
+TOKENIZER = TokenizerConfig(
+    image_size=32,
+    codebook_size=128,
+    codebook_dim=16,
+    base_width=16,
+    width_multipliers=(1, 1, 2, 2),
+    blocks_per_level=1,
+    norm_groups=8,
+)
+
+
+def model_config(tokenizer: VQGAN) -> MAGEConfig:
+    """A small MAGE over the demo's tokenizer."""
+    return MAGEConfig.small(
+        grid_size=tokenizer.grid_size, codebook_size=tokenizer.codebook_size, tokenizer=tokenizer.config
+    )
+
+
+def run(config: DemoConfig) -> dict[str, float]:
+    """Run all stages and write ``report.html``, ``samples.png`` and ``metrics.json``; returns the metrics."""
+    console = Console(stderr=True)
+    device = pick_device(config.device)
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+
+    def stage(name: str) -> None:
+        seconds[name] = time.monotonic() - started
+        console.print(f"[bold]{name}[/bold] ({seconds[name]:.0f} s)", highlight=False)
+
+    stage("1/5 tokenizer")
+    tokenizer_result = train_tokenizer.run(
+        train_tokenizer.TrainTokenizerConfig(
+            data="digits",
+            out=config.out / "tokenizer",
+            model=TOKENIZER,
+            steps=config.tokenizer_steps,
+            seed=config.seed,
+            device=config.device,
+        )
+    )
+    if tokenizer_result.get("stopped_by"):
+        return tokenizer_result
+    stage("2/5 pre-training")
+    cache = config.out / "tokens"
+    if not _complete(cache):
+        tokenize.run(
+            tokenize.TokenizeConfig(
+                data="digits",
+                tokenizer=config.out / "tokenizer",
+                out=cache,
+                split="train",
+                device=config.device,
+            )
+        )
+    pretrain_result = pretrain.run(
+        pretrain.PretrainConfig(
+            data=f"tokens:{cache}",
+            tokenizer=config.out / "tokenizer",
+            out=config.out / "pretrain",
+            epochs=config.epochs,
+            warmup_epochs=max(1, config.epochs // 20),
+            batch_size=128,
+            base_lr=4e-3,
+            seed=config.seed,
+            device=config.device,
+        ),
+        model_config,
+    )
+    if pretrain_result["stopped_by"]:
+        return pretrain_result
+    model = load_model(config.out / "pretrain", device)
+    assert isinstance(model.tokenizer, VQGAN)
+    train, test = (images_of(split, model.tokenizer.config.image_size, device) for split in ("train", "test"))
+
+    stage("3/5 generation")
+    metrics: dict[str, float] = {
+        "tokenizer_psnr_db": psnr_db(_reconstruct(model.tokenizer, test[0]).clamp(0, 1), test[0]),
+        "pretrain_loss_first": pretrain_result["loss_first"],
+        "pretrain_loss_last": pretrain_result["loss_last"],
+    }
+    generated = generate(model, FRECHET_IMAGES, config=SAMPLER, seed=config.seed, batch_size=128)
+    marginal = model.tokenizer.decode(marginal_tokens(model.tokenizer, train[0], config.seed))
+    classifier = DigitClassifier.trained(*train, seed=config.seed)
+    real = classifier.features(train[0])
+    metrics |= {
+        "classifier_top1": classifier.accuracy(*test),
+        "fid_generated": frechet_distance(classifier.features(generated), real),
+        "fid_marginal_tokens": frechet_distance(classifier.features(marginal), real),
+        "fid_reconstructed": frechet_distance(
+            classifier.features(_reconstruct(model.tokenizer, train[0])), real
+        ),
+        "fid_held_out_real": frechet_distance(classifier.features(test[0]), real),
+    }
+
+    stage("4/5 linear probe")
+    torch.manual_seed(config.seed + 1)
+    random_encoder = MAGE(model.config, model.tokenizer).to(device).eval()
+    trained, untrained = (_probe(encoder) for encoder in (model, random_encoder))
+    metrics |= {
+        "probe_top1": trained,
+        "probe_top1_random_encoder": untrained,
+        "probe_chance": chance_level(test[1].cpu()),
+    }
+
+    stage("5/5 report")
+    shown = test[0][:8]
+    masked, completions = masked_reconstruction(model, shown, seed=config.seed)
+    write_grid(generated[:64], config.out / "samples.png")
+    report = Report(
+        originals=shown,
+        reconstructions=_reconstruct(model.tokenizer, shown),
+        masked=masked,
+        completions=completions,
+        generated=generated[:64],
+        marginal=marginal[:16],
+        metrics_log=config.out / "pretrain" / "metrics.jsonl",
+    )
+    metrics["seconds"] = time.monotonic() - started
+    write_report(report, metrics, config.out / "report.html")
+    with atomic_path(config.out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    console.print(f"report: {config.out / 'report.html'}", highlight=False)
+    return metrics
+
+
+def _complete(cache: Path) -> bool:
+    index = cache / "index.json"
+    return index.exists() and bool(json.loads(index.read_text())["complete"])
+
+
+def images_of(split: str, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All images of a split of the digits, and their labels."""
+    source = open_source("digits", image_size=image_size, split=split)  # type: ignore[arg-type]
+    stream = batches(source, 256, image_size=image_size, shuffle=False, drop_last=False, augment="eval")
+    images, labels, _ = zip(*stream, strict=True)
+    return torch.cat(images).to(device), torch.cat(labels).to(device)
+
+
+@torch.no_grad()
+def _reconstruct(tokenizer: VQGAN, images: Tensor) -> Tensor:
+    return torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images.split(256)])
+
+
+@torch.no_grad()
+def marginal_tokens(tokenizer: VQGAN, images: Tensor, seed: int) -> Tensor:
+    """Tokens drawn at each position from the law of that position alone: what no model is needed for."""
+    ids_NL = torch.cat([tokenizer.encode(part) for part in images.split(256)])
+    length = ids_NL.shape[1]
+    words = rng.words(rng.new_state(seed), rng.stream(rng.Stream.SAMPLE_ID), FRECHET_IMAGES, length)
+    return ids_NL.gather(0, (words % len(ids_NL)).to(ids_NL.device))
+
+
+def _probe(model: MAGE) -> float:
+    train, test = (extract_features(model, "digits", split) for split in ("train", "test"))  # type: ignore[arg-type]
+    return linear_probe(*train, *test).test_top1
+
+
+@torch.no_grad()
+def masked_reconstruction(
+    model: MAGE, images: Tensor, *, seed: int, ratio: float = 0.75, tries: int = 3
+) -> tuple[Tensor, list[Tensor]]:
+    """Images with 75% of their tokens hidden (grey), and completions with several seeds (figure 2)."""
+    assert isinstance(model.tokenizer, VQGAN)
+    ids_BL = model.tokenizer.encode(images)
+    batch, length = ids_BL.shape
+    noise_BL = rng.words(rng.new_state(seed), rng.stream(rng.Stream.MASK_PLAN), batch, length)
+    hidden_BL = (noise_BL.argsort(1).argsort(1) < round(ratio * length)).to(ids_BL.device)
+    known_BL = ids_BL.masked_fill(hidden_BL, model.config.mask_token_id)
+    completions = [
+        model.tokenizer.decode(generate_ids(model, ids_BL=known_BL, config=SAMPLER, seed=seed + number))
+        for number in range(tries)
+    ]
+    side, pixels = model.config.grid_size, model.tokenizer.config.downsampling
+    hidden_B1HW = (
+        hidden_BL.view(batch, 1, side, side).repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
+    )
+    return torch.where(hidden_B1HW, 0.5, images), completions

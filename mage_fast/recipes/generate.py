@@ -1,0 +1,109 @@
+"""``mage-fast generate``: images from a trained model, one PNG each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mage_fast.errors import InputError
+from mage_fast.files import atomic_path
+from mage_fast.recipes.loading import Precision, load_model, precision_context
+from mage_fast.recipes.pictures import write_grid
+from mage_fast.sampler import SamplerConfig, generate_ids
+from mage_fast.training.images import read_rgb
+from mage_fast.training.metrics import save_png
+from mage_fast.training.run import check_settings, pick_device
+from mage_fast.training.run_state import module_fingerprint
+
+SETTINGS = "generate.json"
+GRID_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Generate images by iterative decoding. The same command goes on where it stopped."""
+
+    #: A model's folder (as pretrain writes it) or a published .pth.
+    model: Path = Path("out/pretrain")
+    #: Folder of the PNG files 000000.png ... and of grid.png.
+    out: Path = Path("out/generated")
+    count: int = 16
+    #: Class label of every image; unconditional without.
+    label: int | None = None
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    #: With the image's number it decides the image, whatever the batch size.
+    seed: int = 0
+    batch_size: int = 64
+    device: str = "auto"
+    precision: Precision = "fp32"
+
+
+def run(config: GenerateConfig) -> dict[str, object]:
+    """Write the images that are not there yet; returns their number and the folder.
+
+    Values are clipped to [0, 255] and truncated, as published FIDs were computed.
+
+    Raises:
+        InputError: a folder with images of other settings, a wrong count.
+        ValueError: a label outside the model's class slots.
+    """
+    if config.count < 1 or config.batch_size < 1:
+        raise InputError(f"generate: count {config.count}, batch_size {config.batch_size}: wanted 1 or more")
+    device = pick_device(config.device)
+    model = load_model(config.model, device)
+    if model.tokenizer is None:
+        raise InputError(f"{config.model} has no tokenizer to make images with")
+    labels = None if config.label is None else torch.full((config.count,), config.label)
+    model.class_ids(labels, config.count)  # a wrong label is refused before anything is written
+    _claim(config, module_fingerprint(model))
+    paths = [config.out / f"{index:06d}.png" for index in range(config.count)]
+    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    starts = sorted({index // config.batch_size * config.batch_size for index in missing})
+    console = Console(stderr=True)
+    for first in track(starts, "generate", console=console, disable=not console.is_terminal):
+        part = slice(first, min(first + config.batch_size, config.count))
+        with torch.no_grad(), precision_context(config.precision, device):
+            ids = generate_ids(
+                model,
+                part.stop - part.start,
+                labels_B=None if labels is None else labels[part],
+                config=config.sampler,
+                seed=config.seed,
+                first_sample=first,
+            )
+            images = model.tokenizer.decode(ids)
+        for image, path in zip(images, paths[part], strict=True):
+            save_png(image, path)
+    if starts and starts[0] == 0:
+        _grid(paths[:GRID_IMAGES], config.out / "grid.png")
+    return {"images": config.count, "new": len(missing), "out": str(config.out)}
+
+
+def _claim(config: GenerateConfig, fingerprint: str) -> None:
+    """Note the settings in the folder, or compare them with those noted."""
+    sampler = dataclasses.asdict(config.sampler)
+    settings = {**sampler, "seed": config.seed, "label": config.label, "model": fingerprint}
+    if config.out.exists() and not config.out.is_dir():
+        raise InputError(f"{config.out} is a file, wanted a folder for the images")
+    path = config.out / SETTINGS
+    if path.exists():
+        check_settings(config.out, json.loads(path.read_text()), settings)
+    elif config.out.exists() and any(config.out.glob("*.png")):
+        raise InputError(f"{config.out} holds images of something else: give another --out")
+    else:
+        config.out.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _grid(paths: list[Path], path: Path) -> None:
+    images = [torch.from_numpy(np.array(read_rgb(file))).permute(2, 0, 1) for file in paths]
+    # + 0.5: a value that was truncated to this level comes back as this level
+    write_grid((torch.stack(images) + 0.5) / 255, path)

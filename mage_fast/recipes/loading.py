@@ -1,0 +1,67 @@
+"""What several recipes do: find the tokenizer or model a path names, and put it on a device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mage_fast import checkpoint, storage
+from mage_fast.config import MAGEConfig
+from mage_fast.errors import InputError
+from mage_fast.model import MAGE
+from mage_fast.tokenizer import VQGAN
+
+Precision = Literal["fp32", "bf16"]
+
+
+def load_model(path: Path, device: torch.device) -> MAGE:
+    """A model with its tokenizer, in eval mode.
+
+    Raises:
+        CheckpointError: missing, truncated or of another width.
+        InputError: the folder holds a tokenizer alone.
+    """
+    if path.is_dir() and _is_tokenizer(path):
+        raise InputError(f"{path} holds a tokenizer, wanted a model")
+    return MAGE.from_pretrained(path).to(device).eval()
+
+
+def load_tokenizer(path: Path, device: torch.device) -> VQGAN:
+    """A tokenizer from its own folder, from a model's folder, or from a published ``.pth``.
+
+    Raises:
+        CheckpointError: missing, truncated or of another width.
+        InputError: a model without a tokenizer.
+    """
+    if path.is_dir() and _is_tokenizer(path):
+        tokenizer = VQGAN.from_pretrained(path)
+    else:
+        model = MAGE.from_pretrained(path)
+        if not isinstance(model.tokenizer, VQGAN):
+            raise InputError(f"{path} holds a model without a tokenizer")
+        tokenizer = model.tokenizer
+    return tokenizer.requires_grad_(False).to(device).eval()
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    return "encoder_width" not in storage.read_config(folder)
+
+
+def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager:
+    """bfloat16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def preset(name: str, tokenizer: VQGAN, **changes: object) -> MAGEConfig:
+    """A named model size over a tokenizer's grid and codebook."""
+    sizes = {"grid_size": tokenizer.grid_size, "codebook_size": tokenizer.codebook_size}
+    make = {"vit_b": MAGEConfig.vit_b, "vit_l": MAGEConfig.vit_l, "vit_h": MAGEConfig.vit_h}
+    return (make | {"small": MAGEConfig.small})[name](tokenizer=tokenizer.config, **sizes, **changes)
+
+
+def load_published(path: Path) -> tuple[dict[str, torch.Tensor], MAGEConfig]:
+    """Our state dict and configuration of a published file."""
+    return checkpoint.from_published(checkpoint.load_published(path), source=path)

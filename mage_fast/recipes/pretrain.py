@@ -1,0 +1,181 @@
+"""``mage-fast pretrain``: the paper's pre-training (section 4.1) on images or cached tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mage_fast.config import MAGEConfig
+from mage_fast.errors import InputError
+from mage_fast.kernels import rng
+from mage_fast.model import MAGE
+from mage_fast.recipes.loading import Precision, load_tokenizer, precision_context, preset
+from mage_fast.recipes.pictures import loss_curve, write_grid
+from mage_fast.sampler import SamplerConfig, generate
+from mage_fast.tokenizer import VQGAN
+from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
+from mage_fast.training.logs import RunLogger
+from mage_fast.training.loop import train
+from mage_fast.training.optim import build_adamw, clip_gradients
+from mage_fast.training.run import Run, pick_device
+from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
+from mage_fast.training.sources import Source, TokenSource
+from mage_fast.training.run_state import module_fingerprint
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pre-train MAGE. The same command resumes a run that stopped; Ctrl-C saves it first."""
+
+    #: Where the data is: digits, folder:PATH, tokens:PATH (a token cache) or hf:NAME[:SPLIT].
+    data: str = "digits"
+    #: A tokenizer's folder, a model's folder, or a published .pth.
+    tokenizer: Path = Path("out/tokenizer")
+    #: Folder of the run: state, logs, pictures and, at the end, the model.
+    out: Path = Path("out/pretrain")
+    preset: Literal["vit_b", "vit_l", "vit_h", "small"] = "vit_b"
+    #: paper: the encoder sees half of the tokens, some of them as [M]. unmasked: only unmasked tokens.
+    encoder_tokens: Literal["paper", "unmasked"] = "paper"
+    #: One mask ratio a batch (the paper) or a sample.
+    ratio_per: Literal["batch", "sample"] = "batch"
+    epochs: int = 1600
+    warmup_epochs: int = 80
+    batch_size: int = 4096
+    #: Learning rate for a batch of 256; it scales with the batch.
+    base_lr: float = 1.5e-4
+    weight_decay: float = 0.05
+    clip_norm: float = 3.0
+    #: strong (the paper), weak, weak-no-flip, window or eval; token caches have theirs already.
+    augment: str = "strong"
+    seed: int = 0
+    #: Processes that decode images; 0 decodes in this one.
+    workers: int = 0
+    device: str = "auto"
+    precision: Precision = "fp32"
+    log_every: int = 10
+    save_every_seconds: float = 600.0
+    #: Which of the fields above may change when a run resumes.
+    _free = ("tokenizer", "out", "workers", "device", "log_every", "save_every_seconds")
+
+
+def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | None = None) -> dict[str, Any]:
+    """Train to the end or to a stop; returns steps, the first and last logged loss, and the folder.
+
+    Args:
+        config: the recipe.
+        model_config: sizes for a tokenizer, in place of the preset.
+
+    Raises:
+        InputError: an unknown source, a cache of another tokenizer, a folder that holds another run.
+        TrainingError: the loss is not finite.
+    """
+    if min(config.epochs, config.batch_size) < 1 or not 0 <= config.warmup_epochs <= config.epochs:
+        raise InputError(
+            f"pretrain: epochs {config.epochs}, warmup_epochs {config.warmup_epochs}, batch_size "
+            f"{config.batch_size}: wanted 0 <= warmup_epochs <= epochs and the others 1 or more"
+        )
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer, device)
+    source = open_source(config.data, image_size=tokenizer.config.image_size)
+    fingerprint = module_fingerprint(tokenizer)
+    if isinstance(source, TokenSource):
+        _check_cache(source, tokenizer, fingerprint)
+    steps_an_epoch = steps_per_epoch(source, config.batch_size)
+    total_steps, warmup_steps = steps_an_epoch * config.epochs, steps_an_epoch * config.warmup_epochs
+
+    torch.manual_seed(config.seed)
+    if model_config is None:
+        choices = {"encoder_tokens": config.encoder_tokens, "ratio_per": config.ratio_per}
+        sizes = preset(config.preset, tokenizer, **choices)
+    else:
+        sizes = model_config(tokenizer)
+    model = MAGE(sizes, tokenizer).to(device)
+    optimizer = build_adamw(
+        model, scaled_lr(config.base_lr, config.batch_size), weight_decay=config.weight_decay
+    )
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in config._free}
+    folder = Run(
+        config.out,
+        settings | {"model": sizes.to_dict(), "tokenizer_fingerprint": fingerprint},
+        model=model,
+        optimizer=optimizer,
+    )
+    start_step = folder.resume()
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step_fn(batch: Batch, step: int) -> dict[str, Any]:
+        lr = cosine_lr(
+            step,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            base_lr=scaled_lr(config.base_lr, config.batch_size),
+        )
+        set_lr(optimizer, lr)
+        optimizer.zero_grad(set_to_none=True)
+        with precision_context(config.precision, device):
+            inputs = batch.inputs.to(device, non_blocking=True)
+            loss = model(inputs, rng_state=rng.new_state(config.seed, step)).loss
+        loss.backward()
+        norm = clip_gradients(trained, config.clip_norm)
+        optimizer.step()
+        return {"loss": loss, "gradient_norm": norm, "lr": lr}
+
+    model.train()
+    with RunLogger(
+        config.out, total_steps, "pretrain", start_step=start_step, samples_per_step=config.batch_size
+    ) as logger:
+        if start_step:
+            logger.message(f"{config.out}: resumed after step {start_step} of {total_steps}")
+        result = train(
+            step_fn,
+            total_steps=total_steps,
+            batches_from=lambda step: training_batches(
+                source,
+                config.batch_size,
+                step=step,
+                image_size=tokenizer.config.image_size,
+                seed=config.seed,
+                augment=config.augment,
+                workers=config.workers,
+                pin_memory=device.type == "cuda",
+            ),
+            save=folder.save,
+            logger=logger,
+            start_step=start_step,
+            log_every=config.log_every,
+            save_every_seconds=config.save_every_seconds,
+        )
+    if result.step == total_steps:
+        _finish(model, source, config)
+    return {
+        "steps": result.step,
+        "total_steps": total_steps,
+        "stopped_by": result.stopped_by,
+        "loss_first": result.first.get("loss"),
+        "loss_last": result.last.get("loss"),
+        "out": str(config.out),
+    }
+
+
+def _check_cache(source: TokenSource, tokenizer: VQGAN, fingerprint: str) -> None:
+    if source.cache.tokenizer_fingerprint != fingerprint:
+        raise InputError(
+            f"{source.spec} was made by another tokenizer than the one given "
+            f"({source.cache.tokenizer_fingerprint[:12]} and not {fingerprint[:12]})"
+        )
+    if source.cache.length != tokenizer.grid_size**2:
+        raise InputError(
+            f"{source.spec} has {source.cache.length} tokens an image, the tokenizer {tokenizer.grid_size**2}"
+        )
+
+
+def _finish(model: MAGE, source: Source, config: PretrainConfig) -> None:
+    """The trained model, a picture of samples and one of the loss."""
+    model.eval().save_pretrained(config.out)
+    loss_curve(config.out / "metrics.jsonl", config.out / "loss.png")
+    write_grid(generate(model, 16, config=SamplerConfig(), seed=config.seed), config.out / "samples.png")
