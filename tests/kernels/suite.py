@@ -169,7 +169,9 @@ class OpSuite:
     bad: dict[str, tuple[dict, str]] = {}  # noqa: RUF012
     #: Size of the terms that cancel in the op: results smaller than it are compared as if they were as large.
     floor = 0.0
-    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    #: The dtype of the tests that are not about dtypes.
+    dtype = torch.float32
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         tiny = [s for s in self.specs() if s.name.startswith("tiny")]
@@ -209,13 +211,13 @@ class OpSuite:
         assert_as_good(actual, plain, oracle, TOLERANCE[dtype], self.floor)
 
     def test_real_shapes(self, target: Target, spec: Any) -> None:
-        self.check(self.function(target), spec.inputs(torch.float32, target.device))
+        self.check(self.function(target), spec.inputs(self.dtype, target.device))
 
     def test_dtypes(self, target: Target, tiny: Any, dtype: torch.dtype) -> None:
         self.check(self.function(target), tiny.inputs(dtype, target.device))
 
     def test_non_contiguous(self, target: Target, tiny: Any, layout: Callable) -> None:
-        self.check(self.function(target), laid_out(tiny.inputs(torch.float32, target.device), layout), layout)
+        self.check(self.function(target), laid_out(tiny.inputs(self.dtype, target.device), layout), layout)
 
     def test_expanded_gradient(self, target: Target, tiny: Any) -> None:
         """The gradient of a plain sum has stride 0 everywhere."""
@@ -223,16 +225,16 @@ class OpSuite:
         def ones(x: Tensor) -> Tensor:
             return torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)
 
-        self.check(self.function(target), tiny.inputs(torch.float32, target.device), ones)
+        self.check(self.function(target), tiny.inputs(self.dtype, target.device), ones)
 
     def test_every_element_is_written_and_runs_repeat(self, target: Target, tiny: Any) -> None:
-        inputs = tiny.inputs(torch.float32, target.device)
+        inputs = tiny.inputs(self.dtype, target.device)
         wanted = differentiate(self.function(target), inputs)
         with nan_filled_buffers():
             assert_equal(differentiate(self.function(target), inputs), wanted)
 
     def test_autocast_changes_nothing(self, target: Target, tiny: Any) -> None:
-        inputs = tiny.inputs(torch.float32, target.device)
+        inputs = tiny.inputs(self.dtype, target.device)
         wanted = differentiate(self.function(target), inputs)
         with torch.autocast(target.device, torch.bfloat16):
             assert_equal(differentiate(self.function(target), inputs), wanted)
@@ -240,7 +242,7 @@ class OpSuite:
     def test_opcheck(self, target: Target, tiny: Any) -> None:
         """Schema, autograd registration, fake and AOT of the op and its backward op, as they are called."""
         with _Recorder() as recorder:
-            differentiate(self.function(target), tiny.inputs(torch.float32, target.device))
+            differentiate(self.function(target), tiny.inputs(self.dtype, target.device))
         names = {call.name().removeprefix("mage_fast::") for call, _ in recorder.calls}
         assert {name.removesuffix("_backward") for name in names} == {self.op}
         for call, args in recorder.calls:
@@ -250,7 +252,7 @@ class OpSuite:
 
     def test_fake_strides(self, target: Target, tiny: Any, layout: Callable) -> None:
         """What the fake promises of the results' strides holds for strided inputs and gradients too."""
-        inputs = laid_out(tiny.inputs(torch.float32, target.device), layout)
+        inputs = laid_out(tiny.inputs(self.dtype, target.device), layout)
         with _Recorder() as recorder:
             differentiate(self.function(target), inputs, layout)
         for call, args in recorder.calls:
@@ -262,7 +264,7 @@ class OpSuite:
                     assert all(got == wanted for size, got, wanted in strides if size > 1)
 
     def test_second_derivative_is_refused(self, target: Target, tiny: Any) -> None:
-        inputs = tiny.inputs(torch.float32, target.device)
+        inputs = tiny.inputs(self.dtype, target.device)
         leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
         if not leaves:
             pytest.skip(f"{self.op} has no gradient")
@@ -290,10 +292,18 @@ class OpSuite:
         torch.compiler.reset()
         compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
         with dispatch.use_implementation(**{self.op: target.implementation}):
-            self.check(compiled, tiny.inputs(torch.float32, target.device))
+            self.check(compiled, tiny.inputs(self.dtype, target.device))
 
     def test_bad_input(self, bad_input: str) -> None:
         changes, message = self.bad[bad_input]
         inputs = next(s for s in self.specs() if s.name.startswith("tiny")).inputs() | changes
         with pytest.raises(ValueError, match=message):
             self.function(Target("auto", "cpu"))(**inputs)
+
+
+class ExactOpSuite(OpSuite):
+    """For ops that return integers: equal to the oracle on inputs of the same dtype."""
+
+    def check(self, function: Callable, inputs: dict, layout: Callable = lambda x: x) -> None:
+        wanted = differentiate(self.oracle, inputs)
+        assert_as_good(differentiate(function, inputs), wanted, wanted, 0.0)

@@ -6,9 +6,80 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, mask_plan, plan_of_mask
+from tests.kernels.suite import ExactOpSuite, Target
+
+
+def oracle(
+    rng_state: Tensor,
+    num_masked_B: Tensor,
+    num_dropped_B: Tensor,
+    length: int,
+    *,
+    total_masked: int,
+    total_kept: int,
+    max_seqlen: int,
+    stream: int = 0,
+) -> tuple[Tensor, ...]:
+    """A loop over tokens, in the order of their random words."""
+    words = rng.words(rng_state, stream, len(num_masked_B), length).tolist()
+    positions, cu_seqlens, index, source, is_masked = [], [0], [], [], []
+    counts = zip(words, num_masked_B.tolist(), num_dropped_B.tolist(), strict=True)
+    for b, (words_L, num_masked, num_dropped) in enumerate(counts):
+        order = sorted(range(length), key=lambda token: (words_L[token], token))
+        masked, dropped = set(order[:num_masked]), set(order[:num_dropped])
+        for p in range(length + 1):
+            source.append(-1 if p - 1 in masked else len(positions))
+            if p - 1 not in dropped:
+                positions.append(b * (length + 1) + p)
+        index += [b * length + token for token in sorted(masked)]
+        is_masked += [token in masked for token in range(length)]
+        cu_seqlens.append(len(positions))
+    index += [-1] * (total_masked - len(index))
+    assert len(positions) == total_kept
+    integers = (torch.tensor(x, dtype=torch.int32) for x in (positions, cu_seqlens, index))
+    return (
+        *integers,
+        torch.tensor(source, dtype=torch.int32).view(-1, length + 1),
+        torch.tensor(is_masked, dtype=torch.bool).view(-1, length),
+    )
+
+
+class TestMaskPlan(ExactOpSuite):
+    op = "mask_plan"
+    oracle = staticmethod(oracle)
+    dtypes = (torch.int64, torch.int32)
+    dtype = torch.int32
+    bad = {  # noqa: RUF012
+        "count over length": (
+            {"num_masked_B": torch.tensor([8, 5, 7])},
+            "num_masked holds 8, wanted 0 <= num_masked < 8",
+        ),
+        "negative count": ({"num_dropped_B": torch.tensor([-1, 0, 0])}, "num_dropped holds -1, wanted 0 <="),
+        "more dropped than masked": (
+            {"num_dropped_B": torch.tensor([5, 3, 4])},
+            "num_dropped is over num_masked",
+        ),
+        "total": ({"total_masked": 15}, r"is \(14, 15, 5\), the counts give \(\d+, \d+, 5\)"),
+        "longest": ({"max_seqlen": 4}, r"is \(\d+, \d+, 4\), the counts give \(\d+, \d+, 5\)"),
+        "counts' shape": (
+            {"num_dropped_B": torch.tensor([1])},
+            r"num_dropped has shape \(1,\), wanted \(3,\)",
+        ),
+        "counts' dtype": ({"num_masked_B": torch.ones(3)}, "num_masked is float32, wanted int64 or int32"),
+        "length": ({"length": 0}, "length is 0, wanted at least 1"),
+        "state": ({"rng_state": torch.zeros(3).long()}, r"rng_state has shape \(3,\), wanted \(2,\)"),
+    }
+
+    def test_rows_to_spare(self, target: Target) -> None:
+        """A greater total, as a captured graph wants it, fills up with -1."""
+        inputs = self.specs()[0].inputs(device=target.device)
+        inputs["total_masked"] += 3
+        self.check(self.function(target), inputs)
+        assert self.function(target)(**inputs).masked_index_N[-3:].tolist() == [-1] * 3
 
 
 def draw(masked: list[int], dropped: list[int], length: int, seed: int = 0, step: int = 0) -> MaskPlan:
@@ -90,21 +161,3 @@ def test_plan_of_a_given_mask(drop_masked: bool) -> None:
         [[0, -1, 1, -1], [2, 3, 4, 5]] if drop_masked else [[0, -1, 2, -1], [4, 5, 6, 7]]
     )
     assert plan.max_seqlen == 4
-
-
-@pytest.mark.parametrize(
-    ("masked", "dropped", "totals", "message"),
-    [
-        ([9], [0], (9, 9, 9), "num_masked holds 9, wanted 0 <= num_masked < 9"),
-        ([2], [3], (2, 6, 6), "num_dropped is over num_masked"),
-        ([2], [1], (1, 8, 8), r"is \(8, 1, 8\), the counts give \(8, 2, 8\)"),
-        ([2, 2], [1], (2, 8, 8), r"num_dropped has shape \(1,\), wanted \(2,\)"),
-    ],
-)
-def test_bad_input_is_named(masked: list[int], dropped: list[int], totals: tuple, message: str) -> None:
-    total_masked, total_kept, longest = totals
-    with pytest.raises(ValueError, match=message):
-        mask_plan(
-            rng.new_state(0), torch.tensor(masked), torch.tensor(dropped), 8,
-            total_masked=total_masked, total_kept=total_kept, max_seqlen=longest,
-        )  # fmt: skip

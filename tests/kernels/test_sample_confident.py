@@ -8,12 +8,87 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
-from mage_fast.kernels.ops.sample_confident.specs import SPECS
+from mage_fast.kernels.ops.sample_confident.specs import SPECS, Spec
+from mage_fast.kernels.rng import Stream
+from tests.kernels.suite import ExactOpSuite, Target
 
 MASK = 99
+
+
+def oracle(
+    logits_BLC: Tensor,
+    ids_BL: Tensor,
+    num_masked_B: Tensor,
+    *,
+    mask_token_id: int,
+    choice_temperature: float,
+    rng_state: Tensor,
+    temperature: float = 1.0,
+    guidance_logits_BLC: Tensor | None = None,
+    guidance_scale: float = 0.0,
+    stream: int = 0,
+    first_sample: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A loop over samples, and over their unknown tokens in the order of confidence."""
+    wide = torch.promote_types(logits_BLC.dtype, torch.float32)
+    _, length, codes = logits_BLC.shape
+    sampled, following = ids_BL.clone(), ids_BL.clone()
+    for b, logits_LC in enumerate(logits_BLC.to(wide)):
+        if guidance_logits_BLC is not None:
+            logits_LC = logits_LC + guidance_scale * (logits_LC - guidance_logits_BLC[b].to(wide))
+        logits_LC = logits_LC / temperature
+        row = first_sample + b
+        id_noise = rng.gumbel(rng_state, rng.stream(Stream.SAMPLE_ID, stream), 1, length * codes, row)
+        noise = rng.gumbel(rng_state, rng.stream(Stream.SAMPLE_CONFIDENCE, stream), 1, length, row)[0]
+        drawn_L = (logits_LC + id_noise.view(length, codes)).argmax(1)
+        log_p_L = logits_LC.log_softmax(1)[torch.arange(length), drawn_L]
+        confidence = (log_p_L + choice_temperature * noise).tolist()
+        unknown = [token for token in range(length) if ids_BL[b, token] == mask_token_id]
+        for token in unknown:
+            sampled[b, token] = following[b, token] = drawn_L[token]
+        unknown.sort(key=lambda token: (confidence[token], token))
+        for token in unknown[: max(1, min(len(unknown) - 1, int(num_masked_B[b])))]:
+            following[b, token] = mask_token_id
+    return sampled, following
+
+
+class TestSampleConfident(ExactOpSuite):
+    op = "sample_confident"
+    oracle = staticmethod(oracle)
+    bad = {  # noqa: RUF012
+        "top_k": ({"top_k": 12}, "top_k is 12, wanted 0 <= top_k <= 11"),
+        "top_p": ({"top_p": 0.0}, r"top_p is 0\.0, wanted 0 < top_p <= 1"),
+        "temperature": ({"temperature": 0.0}, r"temperature is 0\.0, wanted more than 0"),
+        "choice temperature": ({"choice_temperature": math.nan}, "choice_temperature is nan, wanted 0 or"),
+        "id": ({"ids_BL": torch.full((2, 6), 12)}, "ids holds 12, wanted 0 <= ids < 11"),
+        "ids' shape": ({"ids_BL": torch.zeros(2, 5).long()}, r"ids has shape \(2, 5\), wanted \(2, 6\)"),
+        "ids' dtype": ({"ids_BL": torch.zeros(2, 6)}, "ids is float32, wanted int64 or int32"),
+        "counts": ({"num_masked_B": torch.zeros(3).long()}, r"num_masked has shape \(3,\), wanted \(2,\)"),
+        "state": ({"rng_state": torch.zeros(2)}, "rng_state is float32, wanted int64"),
+        "guidance": (
+            {"guidance_logits_BLC": torch.zeros(2, 6, 10)},
+            r"guidance_logits has shape \(2, 6, 10\), wanted \(2, 6, 11\)",
+        ),
+        "device": ({"ids_BL": torch.zeros(2, 6, device="meta").long()}, "ids is on meta, wanted cpu"),
+    }
+
+    def specs(self) -> tuple:
+        return tuple(spec for spec in SPECS if spec.batch < 64)  # a loop over 16 million codes is slow
+
+    def test_options(self, target: Target) -> None:
+        inputs = Spec("options", 3, 5, 7, 4).inputs(torch.float64, target.device)
+        inputs |= {"temperature": 0.7, "stream": 3, "first_sample": 11, "guidance_scale": 1.5}
+        inputs["guidance_logits_BLC"] = inputs["logits_BLC"].flip(0)
+        self.check(self.function(target), inputs)
+
+    def test_sizes_of_one_and_none(self, target: Target) -> None:
+        for batch, length, codes in ((0, 4, 3), (1, 1, 1), (2, 1, 5), (2, 6, 1)):
+            inputs = Spec("small", batch, length, codes, 1).inputs(torch.float32, target.device)
+            self.check(self.function(target), inputs)
 
 
 def step(logits: torch.Tensor, ids: torch.Tensor, count: int, seed: int = 0, **options: object) -> tuple:
@@ -119,21 +194,3 @@ def test_dtype_of_ids_is_kept_and_half_logits_work() -> None:
     arguments["ids_BL"] = arguments["ids_BL"].int()
     sampled, following = sample_confident(**arguments)
     assert sampled.dtype == following.dtype == torch.int32
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"top_k": 12}, "top_k is 12, wanted 0 <= top_k <= 11"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"choice_temperature": math.nan}, "choice_temperature is nan"),
-        ({"ids_BL": torch.full((2, 6), 12)}, "ids holds 12, wanted 0 <= ids < 11"),
-        ({"ids_BL": torch.zeros(2, 5, dtype=torch.int64)}, r"ids has shape \(2, 5\), wanted \(2, 6\)"),
-        ({"num_masked_B": torch.zeros(3, dtype=torch.int64)}, r"num_masked has shape \(3,\)"),
-        ({"rng_state": torch.zeros(2)}, "rng_state is float32, wanted int64"),
-    ],
-)
-def test_bad_input_is_named(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sample_confident(**(SPECS[0].inputs() | change))

@@ -82,7 +82,22 @@ def embed_kept(
     check.dtype("embed_kept", "is_masked", is_masked_BL, (torch.bool,))
     check.floating("embed_kept", "word_weight", word_weight_VD)
     check.dropout("embed_kept", dropout, rng_state)
-    check.same_device("embed_kept", ids_BL, word_weight=word_weight_VD, positions=positions_T)
+    check.same_device(
+        "embed_kept",
+        ids_BL,
+        class_ids=class_ids_B,
+        positions=positions_T,
+        is_masked=is_masked_BL,
+        word_weight=word_weight_VD,
+        position_weight=position_weight_SD,
+        norm_weight=norm_weight_D,
+        norm_bias=norm_bias_D,
+        rng_state=rng_state,
+    )
+    if not 0 <= mask_token_id < vocabulary:
+        raise ValueError(
+            f"embed_kept: mask_token_id is {mask_token_id}, wanted 0 <= mask_token_id < {vocabulary}"
+        )
     check.values("embed_kept", "ids", ids_BL, 0, vocabulary)
     check.values("embed_kept", "class_ids", class_ids_B, 0, vocabulary)
     check.values("embed_kept", "positions", positions_T, 0, ids_BL.shape[0] * (length + 1))
