@@ -241,8 +241,9 @@ class OpSuite:
 
     def test_opcheck(self, target: Target, tiny: Any) -> None:
         """Schema, autograd registration, fake and AOT of the op and its backward op, as they are called."""
+        inputs = tiny.inputs(self.dtype, target.device)
         with _Recorder() as recorder:
-            differentiate(self.function(target), tiny.inputs(self.dtype, target.device))
+            differentiate(self.function(target), inputs)
         names = {call.name().removeprefix("mage_fast::") for call, _ in recorder.calls}
         assert {name.removesuffix("_backward") for name in names} == {self.op}
         for call, args in recorder.calls:

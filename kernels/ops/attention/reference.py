@@ -18,6 +18,7 @@ class _Padding:
     """Packed rows <-> ``[B, M]``, a plain view where every sequence has the greatest length."""
 
     def __init__(self, cu_seqlens: Tensor, total: int, longest: int) -> None:
+        longest = min(longest, total)  # nothing to index where every sequence is empty
         self.batch, self.longest, self.total = len(cu_seqlens) - 1, longest, total
         self.uniform = total == self.batch * longest
         if not self.uniform:
@@ -70,10 +71,9 @@ def attention(
     accumulate = torch.promote_types(qkv_T3HD.dtype, torch.float32)
     padding = _Padding(cu_seqlens, total, max_seqlen)
     q, k, v = (padding.pad(x) for x in qkv_T3HD.to(accumulate).unbind(1))
-    scores_BHQK = padding.hide((q * softmax_scale) @ k.transpose(2, 3))
+    scores_BHQK = padding.hide(q @ k.transpose(2, 3) * softmax_scale)
     lse_BHQ = scores_BHQK.logsumexp(3)
-    p_BHQK = torch.exp(scores_BHQK - lse_BHQ[..., None])
-    out = (p_BHQK * _keep_BHQK(padding, q, dropout, rng_state, stream)) @ v
+    out = (scores_BHQK.softmax(3) * _keep_BHQK(padding, q, dropout, rng_state, stream)) @ v
     return padding.pack(out).to(qkv_T3HD.dtype).contiguous(), padding.pack(lse_BHQ).contiguous()
 
 
@@ -93,15 +93,15 @@ def attention_backward(
     accumulate = lse_TH.dtype
     padding = _Padding(cu_seqlens, total, max_seqlen)
     q, k, v = (padding.pad(x) for x in qkv_T3HD.to(accumulate).unbind(1))
-    grad, out, lse = (padding.pad(x.to(accumulate)) for x in (grad_THD, out_THD, lse_TH))
+    grad = padding.pad(grad_THD.to(accumulate))
     keep = _keep_BHQK(padding, q, dropout, rng_state, stream)
 
-    p_BHQK = torch.exp(padding.hide((q * softmax_scale) @ k.transpose(2, 3)) - lse[..., None])
+    p_BHQK = padding.hide(q @ k.transpose(2, 3) * softmax_scale).softmax(3)
     if not padding.uniform:  # rows past a sequence's end hold another sequence's queries
-        p_BHQK = p_BHQK.masked_fill(~padding.valid_BM[:, None, :, None], 0.0)  # 0 * inf would be NaN
+        p_BHQK = p_BHQK.masked_fill(~padding.valid_BM[:, None, :, None], 0.0)
     grad_v = (p_BHQK * keep).transpose(2, 3) @ grad
     grad_p_BHQK = (grad @ v.transpose(2, 3)) * keep
-    row_BHQ1 = (grad * out).sum(3, keepdim=True)  # = sum_k P dP, the softmax's own projection
+    row_BHQ1 = (p_BHQK * grad_p_BHQK).sum(3, keepdim=True)
     grad_scores_BHQK = p_BHQK * (grad_p_BHQK - row_BHQ1) * softmax_scale
     grad_q, grad_k = grad_scores_BHQK @ k, grad_scores_BHQK.transpose(2, 3) @ q
     return torch.stack([padding.pack(x) for x in (grad_q, grad_k, grad_v)], 1).to(qkv_T3HD.dtype)

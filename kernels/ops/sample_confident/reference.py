@@ -39,7 +39,7 @@ def sample_confident(
     id_stream = rng.stream(Stream.SAMPLE_ID, stream)
     noise_BLC = rng.gumbel(rng_state, id_stream, batch, length * codes, first_sample).view_as(logits_BLC)
     drawn_BL = (logits_BLC + noise_BLC).argmax(2).to(ids_BL.dtype)
-    sampled_BL = torch.where(is_unknown_BL, drawn_BL, ids_BL)
+    sampled_BL = torch.where(is_unknown_BL, drawn_BL, ids_BL).contiguous()
 
     log_p_BL = logits_BLC.log_softmax(2).gather(2, drawn_BL[..., None].long()).squeeze(2)
     confidence_stream = rng.stream(Stream.SAMPLE_CONFIDENCE, stream)
