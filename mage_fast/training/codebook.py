@@ -80,7 +80,8 @@ class CodeUsage(nn.Module):
         """The codes stay: a loss moves them."""
 
     def _pick(self, z_ND: Tensor, seed: int, step: int) -> Tensor:
-        generator = np.random.default_rng((seed, step))
+        # a spawn key: the order of the data is drawn from (seed, epoch)
+        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step,)))
         codes = len(self.count_K)
         return torch.from_numpy(generator.choice(len(z_ND), codes, replace=len(z_ND) < codes)).to(z_ND.device)
 

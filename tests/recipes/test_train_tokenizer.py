@@ -233,8 +233,7 @@ def test_adversarial_terms_set_in_at_their_step(tmp_path: Path) -> None:
         assert line["discriminator"] > 0
 
 
-def test_the_discriminator_gets_no_gradient_from_the_generator(tmp_path: Path) -> None:
-    """Its update is that of the hinge loss alone: equal to a step on copies."""
+def test_neither_loss_reaches_the_other_network(tmp_path: Path) -> None:
     trainer = Trainer(tiny(tmp_path, adversarial_weight=0.5), torch.device("cpu"))
     source = open_source("digits", image_size=8)
     batch = next(batches(source, 16, image_size=8))
