@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> Any:
     """The verb's configuration from command-line arguments; a wrong option exits with 2."""
     choices = [
-        Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)]  # type: ignore[valid-type]
+        Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)]
         for name, (kind, _) in VERBS.items()
     ]
     union: Any = choices[0]

@@ -203,7 +203,7 @@ def marginal_tokens(tokenizer: VQGAN, images: Tensor, seed: int) -> Tensor:
 
 
 def _probe(model: MAGE) -> float:
-    train, test = (extract_features(model, "digits", split) for split in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (extract_features(model, "digits", split) for split in ("train", "test"))
     return linear_probe(*train, *test).test_top1
 
 

@@ -23,9 +23,12 @@ from mage_fast.training.logs import RunLogger
 from mage_fast.training.loop import train
 from mage_fast.training.optim import build_adamw, clip_gradients
 from mage_fast.training.run import Run, pick_device
+from mage_fast.training.run_state import module_fingerprint
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 from mage_fast.training.sources import Source, TokenSource
-from mage_fast.training.run_state import module_fingerprint
+
+#: Settings that may change when a run goes on.
+FREE = ("tokenizer", "out", "workers", "device", "log_every", "save_every_seconds")
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,6 @@ class PretrainConfig:
     precision: Precision = "fp32"
     log_every: int = 10
     save_every_seconds: float = 600.0
-    #: Which of the fields above may change when a run resumes.
-    _free = ("tokenizer", "out", "workers", "device", "log_every", "save_every_seconds")
 
 
 def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | None = None) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
     optimizer = build_adamw(
         model, scaled_lr(config.base_lr, config.batch_size), weight_decay=config.weight_decay
     )
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in config._free}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     folder = Run(
         config.out,
         settings | {"model": sizes.to_dict(), "tokenizer_fingerprint": fingerprint},

@@ -17,8 +17,8 @@ from mage_fast.recipes.loading import Precision, load_tokenizer, precision_conte
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import Batch, batches, open_source, steps_per_epoch
 from mage_fast.training.run import pick_device
-from mage_fast.training.sources import Source
 from mage_fast.training.run_state import module_fingerprint
+from mage_fast.training.sources import Source
 from mage_fast.training.token_cache import TokenCacheWriter
 
 
