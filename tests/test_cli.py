@@ -107,7 +107,7 @@ def test_wrong_numbers(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     model, tokenizer = saved / "model", saved / "tokenizer"
     out = ("--out", tmp_path / "out")
     cases = {
-        "label 11 is outside the 11 class slots": ("generate", "--model", model, *out, "--label", 11),
+        "labels holds 11, wanted 0 <= labels < 11": ("generate", "--model", model, *out, "--label", 11),
         "count 0": ("generate", "--model", model, *out, "--count", 0),
         "block is 7, wanted 0 <= block < 2": ("probe", "--model", model, *out, "--block", 7),
         "epochs 0": ("pretrain", "--tokenizer", tokenizer, *out, "--epochs", 0),
@@ -130,7 +130,7 @@ def test_sampler_settings_out_of_range_exit_with_2(saved: Path, tmp_path: Path) 
         [*command, "--out", str(tmp_path / "x"), "--sampler.steps", "0"], capture_output=True, text=True
     )
     assert result.returncode == 2
-    assert "steps is 0, wanted at least 1" in " ".join(result.stderr.split())
+    assert "steps is 0, wanted at least 1" in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "x").exists()
 

@@ -15,11 +15,11 @@ from mage_fast.errors import InputError
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
 from mage_fast.recipes.loading import Precision, load_tokenizer, precision_context, preset
-from mage_fast.recipes.pictures import loss_curve, write_grid
+from mage_fast.recipes.pictures import loss_curve, read_metrics, write_grid
 from mage_fast.sampler import SamplerConfig, generate
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
-from mage_fast.training.logs import RunLogger
+from mage_fast.training.logs import METRICS_FILE, RunLogger
 from mage_fast.training.loop import train
 from mage_fast.training.optim import build_adamw, clip_gradients
 from mage_fast.training.run import Run, pick_device
@@ -153,12 +153,13 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
         )
     if result.step == total_steps:
         _finish(model, source, config)
+    losses = [line["loss"] for line in read_metrics(config.out / METRICS_FILE)]
     return {
         "steps": result.step,
         "total_steps": total_steps,
         "stopped_by": result.stopped_by,
-        "loss_first": result.first.get("loss"),
-        "loss_last": result.last.get("loss"),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
         "out": str(config.out),
     }
 
@@ -178,5 +179,5 @@ def _check_cache(source: TokenSource, tokenizer: VQGAN, fingerprint: str) -> Non
 def _finish(model: MAGE, source: Source, config: PretrainConfig) -> None:
     """The trained model, a picture of samples and one of the loss."""
     model.eval().save_pretrained(config.out)
-    loss_curve(config.out / "metrics.jsonl", config.out / "loss.png")
+    loss_curve(config.out / METRICS_FILE, config.out / "loss.png")
     write_grid(generate(model, 16, config=SamplerConfig(), seed=config.seed), config.out / "samples.png")
