@@ -63,8 +63,9 @@ class TrainTokenizerConfig:
     codebook: Literal["ema", "loss"] = "ema"
     #: Decay a step of the moving averages: of how often a code is used and, in mode ema, of its features.
     ema_decay: float = 0.99
-    #: A code used less often (features a batch, moving average) restarts at a random feature; 0: never.
-    dead_below: float = 0.05
+    #: A code that gets fewer features a batch (moving average) restarts at a random feature; 0: never.
+    #: Keep it well under batch_size * tokens / codebook_size, what a code gets on average.
+    dead_below: float = 0.5
     #: Weight of the LPIPS distance; needs the extra lpips.
     perceptual_weight: float = 0.0
     #: Weight of the adversarial loss, beside the adaptive one; 0: no discriminator.
