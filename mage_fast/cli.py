@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = run(config)
     except TrainingError as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("mage-fast: stopped; the same command goes on where it was saved", file=sys.stderr)
+        return 130
     except (ValueError, OSError, Unsupported) as error:
         if sys.flags.dev_mode:  # python -X dev -m mage_fast.cli: for whoever debugs
             raise

@@ -234,10 +234,11 @@ class MAGEConfig(_Config):
 
     @classmethod
     def small(cls, **changes: Any) -> Self:
-        """A model for small images and laptops: 1.2 million parameters beside its tables."""
+        """A model for small images and laptops, without dropout: what the demo trains in minutes."""
         sizes: dict[str, Any] = {
-            **{"encoder_width": 128, "encoder_depth": 4, "encoder_heads": 4},
-            **{"decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4},
+            **{"encoder_width": 96, "encoder_depth": 4, "encoder_heads": 3},
+            **{"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3},
+            "dropout": 0.0,
         }
         return cls(**(sizes | changes))
 

@@ -54,7 +54,7 @@ def linear_probe(
     for name, x, labels in (("train", train_ND, train_labels_N), ("test", test_MD, test_labels_M)):
         if x.dim() != 2 or len(x) != len(labels) or not len(x):
             raise ValueError(
-                f"linear_probe: {name} features have shape {tuple(x.shape)} and labels {tuple(labels.shape)}, "
+                f"linear_probe: {name} features have shape {tuple(x.shape)}, labels {tuple(labels.shape)}, "
                 "wanted (N, D) and (N,), N >= 1"
             )
     if len(train_labels_N.unique()) < 2:

@@ -111,7 +111,7 @@ def test_wrong_numbers(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "count 0": ("generate", "--model", model, *out, "--count", 0),
         "block is 7, wanted 0 <= block < 2": ("probe", "--model", model, *out, "--block", 7),
         "epochs 0": ("pretrain", "--tokenizer", tokenizer, *out, "--epochs", 0),
-        "wanted at least batch_size 4096": ("pretrain", "--tokenizer", tokenizer, *out),
+        "wanted at least batch_size 4096": ("pretrain", "--tokenizer", tokenizer, *out, "--preset", "vit_b"),
         "views 0": ("tokenize", "--tokenizer", tokenizer, *out, "--views", 0),
         "device is 'gpu'": ("tokenize", "--tokenizer", tokenizer, *out, "--device", "gpu"),
         "holds a tokenizer, wanted a model": ("probe", "--model", tokenizer),

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mage_fast.config import MAGEConfig, TokenizerConfig
 from mage_fast.files import atomic_path
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
@@ -33,7 +32,7 @@ from mage_fast.training.run import pick_device
 
 #: Images of the Frechet distances; real ones are the whole training split.
 FRECHET_IMAGES = 1024
-SAMPLER = SamplerConfig(steps=12, choice_temperature=4.0)
+SAMPLER = SamplerConfig(steps=12, choice_temperature=8.0)
 
 
 @dataclass(frozen=True)
@@ -43,29 +42,11 @@ class DemoConfig:
     #: Folder of the report, the pictures and the runs. The same command goes on where it stopped.
     out: Path = Path("out/demo")
     #: Training steps of the tokenizer.
-    tokenizer_steps: int = 400
+    tokenizer_steps: int = 200
     #: Epochs of pre-training.
-    epochs: int = 120
+    epochs: int = 70
     seed: int = 0
     device: str = "auto"
-
-
-TOKENIZER = TokenizerConfig(
-    image_size=32,
-    codebook_size=128,
-    codebook_dim=16,
-    base_width=16,
-    width_multipliers=(1, 1, 2, 2),
-    blocks_per_level=1,
-    norm_groups=8,
-)
-
-
-def model_config(tokenizer: VQGAN) -> MAGEConfig:
-    """A small MAGE over the demo's tokenizer."""
-    return MAGEConfig.small(
-        grid_size=tokenizer.grid_size, codebook_size=tokenizer.codebook_size, tokenizer=tokenizer.config
-    )
 
 
 def run(config: DemoConfig) -> dict[str, float]:
@@ -84,7 +65,6 @@ def run(config: DemoConfig) -> dict[str, float]:
         train_tokenizer.TrainTokenizerConfig(
             data="digits",
             out=config.out / "tokenizer",
-            model=TOKENIZER,
             steps=config.tokenizer_steps,
             seed=config.seed,
             device=config.device,
@@ -109,14 +89,13 @@ def run(config: DemoConfig) -> dict[str, float]:
             data=f"tokens:{cache}",
             tokenizer=config.out / "tokenizer",
             out=config.out / "pretrain",
+            preset="small",
+            ratio_per="sample",
             epochs=config.epochs,
-            warmup_epochs=max(1, config.epochs // 20),
-            batch_size=128,
-            base_lr=4e-3,
+            warmup_epochs=min(config.epochs, 2),
             seed=config.seed,
             device=config.device,
-        ),
-        model_config,
+        )
     )
     if pretrain_result["stopped_by"]:
         return pretrain_result

@@ -25,10 +25,32 @@ from mage_fast.training.optim import build_adamw, clip_gradients
 from mage_fast.training.run import Run, pick_device
 from mage_fast.training.run_state import module_fingerprint
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
-from mage_fast.training.sources import Source, TokenSource
+from mage_fast.training.sources import TokenSource
 
+SAMPLES = "samples.png"
 #: Settings that may change when a run goes on.
 FREE = ("tokenizer", "out", "workers", "device", "log_every", "save_every_seconds")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a preset sets where the command line does not."""
+
+    epochs: int
+    warmup_epochs: int
+    batch_size: int
+    #: For a batch of 256.
+    base_lr: float
+    augment: str
+
+
+#: vit_b and vit_l as in the paper's section 4.1.
+RECIPES = {
+    "vit_b": Recipe(1600, 80, 4096, 1.5e-4, "strong"),
+    "vit_l": Recipe(1600, 80, 2048, 1.5e-4, "strong"),
+    "vit_h": Recipe(1600, 80, 2048, 1.5e-4, "strong"),
+    "small": Recipe(70, 2, 64, 8e-3, "weak"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,27 +63,53 @@ class PretrainConfig:
     tokenizer: Path = Path("out/tokenizer")
     #: Folder of the run: state, logs, pictures and, at the end, the model.
     out: Path = Path("out/pretrain")
-    preset: Literal["vit_b", "vit_l", "vit_h", "small"] = "vit_b"
+    #: Size of the model, and the recipe for what is not given below. vit_b and vit_l are the paper's.
+    preset: Literal["vit_b", "vit_l", "vit_h", "small"] = "small"
     #: paper: the encoder sees half of the tokens, some of them as [M]. unmasked: only unmasked tokens.
     encoder_tokens: Literal["paper", "unmasked"] = "paper"
     #: One mask ratio a batch (the paper) or a sample.
     ratio_per: Literal["batch", "sample"] = "batch"
-    epochs: int = 1600
-    warmup_epochs: int = 80
-    batch_size: int = 4096
-    #: Learning rate for a batch of 256; it scales with the batch.
-    base_lr: float = 1.5e-4
+    #: Passes over the data; the preset's without (vit_b 1600, small 70).
+    epochs: int | None = None
+    #: Epochs in which the learning rate rises; the preset's without (vit_b 80, small 2).
+    warmup_epochs: int | None = None
+    #: Images a step; the preset's without (vit_b 4096, small 64).
+    batch_size: int | None = None
+    #: Learning rate for a batch of 256, it scales with the batch; the preset's without (vit_b 1.5e-4).
+    base_lr: float | None = None
+    #: Of matrices; biases and norms have none.
     weight_decay: float = 0.05
+    #: Largest norm of the gradient.
     clip_norm: float = 3.0
-    #: strong (the paper), weak, weak-no-flip, window or eval; token caches have theirs already.
-    augment: str = "strong"
+    #: strong (the paper), weak, weak-no-flip, window or eval; the preset's without. Token caches have theirs.
+    augment: str | None = None
+    #: Of weights, order, crops, masks and dropout.
     seed: int = 0
     #: Processes that decode images; 0 decodes in this one.
     workers: int = 0
+    #: auto, cpu, cuda or cuda:N.
     device: str = "auto"
+    #: bf16: autocast; parameters stay float32.
     precision: Precision = "fp32"
+    #: Steps between logs.
     log_every: int = 10
     save_every_seconds: float = 600.0
+
+    def recipe(self) -> Recipe:
+        """The preset's recipe with what was given in place.
+
+        Raises:
+            InputError: numbers out of range.
+        """
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
+        changes = {name: value for name, value in given.items() if value is not None}
+        recipe = dataclasses.replace(RECIPES[self.preset], **changes)
+        if min(recipe.epochs, recipe.batch_size) < 1 or not 0 <= recipe.warmup_epochs <= recipe.epochs:
+            raise InputError(
+                f"pretrain: epochs {recipe.epochs}, warmup_epochs {recipe.warmup_epochs}, batch_size "
+                f"{recipe.batch_size}: wanted 0 <= warmup_epochs <= epochs and the others 1 or more"
+            )
+        return recipe
 
 
 def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | None = None) -> dict[str, Any]:
@@ -75,19 +123,16 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
         InputError: an unknown source, a cache of another tokenizer, a folder that holds another run.
         TrainingError: the loss is not finite.
     """
-    if min(config.epochs, config.batch_size) < 1 or not 0 <= config.warmup_epochs <= config.epochs:
-        raise InputError(
-            f"pretrain: epochs {config.epochs}, warmup_epochs {config.warmup_epochs}, batch_size "
-            f"{config.batch_size}: wanted 0 <= warmup_epochs <= epochs and the others 1 or more"
-        )
+    recipe = config.recipe()
+    highest_lr = scaled_lr(recipe.base_lr, recipe.batch_size)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer, device)
     source = open_source(config.data, image_size=tokenizer.config.image_size)
     fingerprint = module_fingerprint(tokenizer)
     if isinstance(source, TokenSource):
         _check_cache(source, tokenizer, fingerprint)
-    steps_an_epoch = steps_per_epoch(source, config.batch_size)
-    total_steps, warmup_steps = steps_an_epoch * config.epochs, steps_an_epoch * config.warmup_epochs
+    steps_an_epoch = steps_per_epoch(source, recipe.batch_size)
+    total_steps, warmup_steps = steps_an_epoch * recipe.epochs, steps_an_epoch * recipe.warmup_epochs
 
     torch.manual_seed(config.seed)
     if model_config is None:
@@ -96,13 +141,13 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
     else:
         sizes = model_config(tokenizer)
     model = MAGE(sizes, tokenizer).to(device)
-    optimizer = build_adamw(
-        model, scaled_lr(config.base_lr, config.batch_size), weight_decay=config.weight_decay
-    )
+    optimizer = build_adamw(model, highest_lr, weight_decay=config.weight_decay)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     folder = Run(
         config.out,
-        settings | {"model": sizes.to_dict(), "tokenizer_fingerprint": fingerprint},
+        settings
+        | dataclasses.asdict(recipe)
+        | {"model": sizes.to_dict(), "tokenizer_fingerprint": fingerprint},
         model=model,
         optimizer=optimizer,
     )
@@ -110,12 +155,7 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step_fn(batch: Batch, step: int) -> dict[str, Any]:
-        lr = cosine_lr(
-            step,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            base_lr=scaled_lr(config.base_lr, config.batch_size),
-        )
+        lr = cosine_lr(step, total_steps=total_steps, warmup_steps=warmup_steps, base_lr=highest_lr)
         set_lr(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
         with precision_context(config.precision, device):
@@ -128,7 +168,7 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
 
     model.train()
     with RunLogger(
-        config.out, total_steps, "pretrain", start_step=start_step, samples_per_step=config.batch_size
+        config.out, total_steps, "pretrain", start_step=start_step, samples_per_step=recipe.batch_size
     ) as logger:
         if start_step:
             logger.message(f"{config.out}: resumed after step {start_step} of {total_steps}")
@@ -137,11 +177,11 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
             total_steps=total_steps,
             batches_from=lambda step: training_batches(
                 source,
-                config.batch_size,
+                recipe.batch_size,
                 step=step,
                 image_size=tokenizer.config.image_size,
                 seed=config.seed,
-                augment=config.augment,
+                augment=recipe.augment,
                 workers=config.workers,
                 pin_memory=device.type == "cuda",
             ),
@@ -150,9 +190,11 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
             start_step=start_step,
             log_every=config.log_every,
             save_every_seconds=config.save_every_seconds,
+            finite=("loss", "gradient_norm"),
         )
-    if result.step == total_steps:
-        _finish(model, source, config)
+    finished_before = start_step == total_steps and (config.out / SAMPLES).exists()
+    if result.step == total_steps and not finished_before:
+        _finish(model, config)
     losses = [line["loss"] for line in read_metrics(config.out / METRICS_FILE)]
     return {
         "steps": result.step,
@@ -176,8 +218,8 @@ def _check_cache(source: TokenSource, tokenizer: VQGAN, fingerprint: str) -> Non
         )
 
 
-def _finish(model: MAGE, source: Source, config: PretrainConfig) -> None:
-    """The trained model, a picture of samples and one of the loss."""
+def _finish(model: MAGE, config: PretrainConfig) -> None:
+    """The trained model, a picture of the loss and, last, one of samples."""
     model.eval().save_pretrained(config.out)
     loss_curve(config.out / METRICS_FILE, config.out / "loss.png")
-    write_grid(generate(model, 16, config=SamplerConfig(), seed=config.seed), config.out / "samples.png")
+    write_grid(generate(model, 16, config=SamplerConfig(), seed=config.seed), config.out / SAMPLES)

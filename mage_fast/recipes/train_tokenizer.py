@@ -25,8 +25,8 @@ from mage_fast.training.run_state import read_run_state
 GRID_NAME = "reconstructions.png"
 #: For small images, trained in minutes without a GPU.
 SMALL = TokenizerConfig(
-    image_size=32,
-    codebook_size=128,
+    image_size=24,
+    codebook_size=64,
     codebook_dim=16,
     base_width=16,
     width_multipliers=(1, 1, 2),

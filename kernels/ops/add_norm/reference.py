@@ -43,18 +43,17 @@ def add_norm_backward(
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     accumulate = mean_T1.dtype
-    normalized_TD = (out_TD.to(accumulate) - mean_T1) * rstd_T1
-    grad_TD = grad_normed_TD.to(accumulate)
-    weighted_TD = grad_TD * weight_D.to(accumulate)
-    # d y / d s through mean and variance: remove the parts along 1 and along the normalised row
-    along_one_T1 = weighted_TD.mean(-1, keepdim=True)
-    along_row_T1 = (weighted_TD * normalized_TD).mean(-1, keepdim=True)
-    grad_sum_TD = (weighted_TD - along_one_T1 - normalized_TD * along_row_T1) * rstd_T1
-    grad_sum_TD = (grad_sum_TD + grad_out_TD.to(accumulate)).contiguous()
+    weight = weight_D.to(accumulate)
+    # through mean and variance, the gradient loses its parts along 1 and along the normalised row
+    through_norm_TD, grad_weight_D, grad_bias_D = torch.ops.aten.native_layer_norm_backward(
+        grad_normed_TD.to(accumulate).contiguous(), out_TD.to(accumulate), weight.shape, mean_T1, rstd_T1,
+        weight, weight, [True] * 3,
+    )  # fmt: skip
+    grad_sum_TD = (through_norm_TD + grad_out_TD.to(accumulate)).contiguous()
     return (
         rng.dropout(grad_sum_TD, rng_state, stream, dropout).to(grad_normed_TD.dtype),
         # without dropout the two gradients are equal, but an op's outputs must not share memory
         grad_sum_TD.to(out_TD.dtype, copy=dropout == 0.0),
-        (grad_TD * normalized_TD).sum(0).to(weight_D.dtype),
-        grad_TD.sum(0).to(weight_D.dtype),
+        grad_weight_D.to(weight_D.dtype),
+        grad_bias_D.to(weight_D.dtype),
     )

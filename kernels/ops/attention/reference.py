@@ -46,16 +46,20 @@ class _Padding:
 
 def _keep_BHQK(
     padding: _Padding, like: Tensor, dropout: float, rng_state: Tensor | None, stream: int
-) -> Tensor | float:
-    """Kept probabilities times their scale; 1 without dropout."""
+) -> Tensor | None:
+    """Scale of each probability, 0 where dropped; None without dropout."""
     if dropout == 0.0:
-        return 1.0
+        return None
     assert rng_state is not None
     heads = like.shape[1]
     rows = padding.total * heads
     keep = rng.keep_mask_attention(rng_state, stream, rows, padding.longest, dropout)
     keep_BHQK = padding.pad(keep.unflatten(0, (-1, heads))).to(like.dtype)
-    return keep_BHQK * rng.keep_scale(dropout, rng.ATTENTION_BITS)
+    return keep_BHQK.mul_(rng.keep_scale(dropout, rng.ATTENTION_BITS))
+
+
+def _dropped(p_BHQK: Tensor, keep_BHQK: Tensor | None) -> Tensor:
+    return p_BHQK if keep_BHQK is None else p_BHQK * keep_BHQK
 
 
 def attention(
@@ -73,7 +77,7 @@ def attention(
     q, k, v = (padding.pad(x) for x in qkv_T3HD.to(accumulate).unbind(1))
     scores_BHQK = padding.hide(q @ k.transpose(2, 3) * softmax_scale)
     lse_BHQ = scores_BHQK.logsumexp(3)
-    out = (scores_BHQK.softmax(3) * _keep_BHQK(padding, q, dropout, rng_state, stream)) @ v
+    out = _dropped(scores_BHQK.softmax(3), _keep_BHQK(padding, q, dropout, rng_state, stream)) @ v
     return padding.pack(out).to(qkv_T3HD.dtype).contiguous(), padding.pack(lse_BHQ).contiguous()
 
 
@@ -99,8 +103,8 @@ def attention_backward(
     p_BHQK = padding.hide(q @ k.transpose(2, 3) * softmax_scale).softmax(3)
     if not padding.uniform:  # rows past a sequence's end hold another sequence's queries
         p_BHQK = p_BHQK.masked_fill(~padding.valid_BM[:, None, :, None], 0.0)
-    grad_v = (p_BHQK * keep).transpose(2, 3) @ grad
-    grad_p_BHQK = (grad @ v.transpose(2, 3)) * keep
+    grad_v = _dropped(p_BHQK, keep).transpose(2, 3) @ grad
+    grad_p_BHQK = _dropped(grad @ v.transpose(2, 3), keep)
     row_BHQ1 = (p_BHQK * grad_p_BHQK).sum(3, keepdim=True)
     grad_scores_BHQK = p_BHQK * (grad_p_BHQK - row_BHQ1) * softmax_scale
     grad_q, grad_k = grad_scores_BHQK @ k, grad_scores_BHQK.transpose(2, 3) @ q
