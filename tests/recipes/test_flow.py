@@ -108,7 +108,7 @@ def test_pretrain_on_an_ordinary_folder(
         "samples.png",
     ):
         assert (out / name).exists(), name
-    assert MAGE.from_pretrained(out).config.encoder_width == 128
+    assert MAGE.from_pretrained(out).config.encoder_width == 96
 
 
 def test_tokenize_goes_on_where_it_stopped(
