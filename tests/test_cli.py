@@ -12,6 +12,8 @@ from PIL import Image
 
 from mage_fast import MAGE, VQGAN, MAGEConfig
 from mage_fast.cli import main
+from mage_fast.training.run_state import module_fingerprint
+from mage_fast.training.token_cache import TokenCacheWriter
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,12 @@ def test_wrong_numbers(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "block is 7, wanted 0 <= block < 2": ("probe", "--model", model, *out, "--block", 7),
         "epochs 0": ("pretrain", "--tokenizer", tokenizer, *out, "--epochs", 0),
         "wanted at least batch_size 4096": ("pretrain", "--tokenizer", tokenizer, *out, "--preset", "vit_b"),
+        "mask_ratio_min is 1.5, wanted a ratio in [0, 1]": (
+            *("pretrain", "--tokenizer", tokenizer, *out, "--model.mask-ratio-min", 1.5),
+        ),
+        "wanted at most the lowest mask ratio 0.5": (
+            *("pretrain", "--tokenizer", tokenizer, *out, "--model.drop-ratio", 0.75),
+        ),
         "views 0": ("tokenize", "--tokenizer", tokenizer, *out, "--views", 0),
         "device is 'gpu'": ("tokenize", "--tokenizer", tokenizer, *out, "--device", "gpu"),
         "holds a tokenizer, wanted a model": ("probe", "--model", tokenizer),
@@ -121,6 +129,20 @@ def test_wrong_numbers(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for message, arguments in cases.items():
         assert message in fails(capsys, *arguments), message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_id_outside_the_codebook(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A cache that claims to be of this tokenizer and holds an id it does not have."""
+    fingerprint = module_fingerprint(VQGAN.from_pretrained(saved / "tokenizer"))
+    with TokenCacheWriter(
+        tmp_path / "tokens", length=16, codebook_size=99, tokenizer_fingerprint=fingerprint, split="train"
+    ) as writer:
+        writer.append(torch.full((64, 16), 32), torch.zeros(64, dtype=torch.int64))
+    data = f"tokens:{tmp_path / 'tokens'}"
+    out = tmp_path / "run"
+    line = fails(capsys, "pretrain", "--tokenizer", saved / "tokenizer", "--data", data, "--out", out)
+    assert "ids holds 32, wanted 0 <= ids < 32" in line
+    assert not (out / "state.safetensors").exists()
 
 
 def test_sampler_settings_out_of_range_exit_with_2(saved: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def run(config: DemoConfig) -> dict[str, float]:
             tokenizer=config.out / "tokenizer",
             out=config.out / "pretrain",
             preset="small",
-            ratio_per="sample",
+            model=pretrain.ModelChoices(ratio_per="sample"),
             epochs=config.epochs,
             warmup_epochs=min(config.epochs, 2),
             seed=config.seed,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from mage_fast.config import MAGEConfig
 from mage_fast.errors import InputError
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
@@ -44,6 +42,32 @@ class Recipe:
     augment: str
 
 
+@dataclass(frozen=True)
+class ModelChoices:
+    """What a user may choose of a model beside its size, see :class:`mage_fast.MAGEConfig`."""
+
+    #: paper: the encoder sees half of the tokens, some of them as [M]. unmasked: only unmasked tokens.
+    encoder_tokens: Literal["paper", "unmasked"] = "paper"
+    #: What stands at masked positions of the decoder's input.
+    padding: Literal["class_token", "mask_token"] = "class_token"
+    #: One mask ratio a batch (the paper) or a sample.
+    ratio_per: Literal["batch", "sample"] = "batch"
+    #: Mode of the truncated normal law of the mask ratio.
+    mask_ratio_mode: float = 0.55
+    #: Its standard deviation; 0 always masks the mode.
+    mask_ratio_std: float = 0.25
+    #: Its lower bound.
+    mask_ratio_min: float = 0.5
+    #: Its upper bound.
+    mask_ratio_max: float = 1.0
+    #: Part of the tokens the encoder does not see; at most the lowest mask ratio.
+    drop_ratio: float = 0.5
+    #: Drop probability; the preset's without (vit_b 0.1, small 0).
+    dropout: float | None = None
+    #: Part of the target spread over the codebook.
+    label_smoothing: float = 0.1
+
+
 #: vit_b and vit_l as in the paper's section 4.1.
 RECIPES = {
     "vit_b": Recipe(1600, 80, 4096, 1.5e-4, "strong"),
@@ -65,10 +89,8 @@ class PretrainConfig:
     out: Path = Path("out/pretrain")
     #: Size of the model, and the recipe for what is not given below. vit_b and vit_l are the paper's.
     preset: Literal["vit_b", "vit_l", "vit_h", "small"] = "small"
-    #: paper: the encoder sees half of the tokens, some of them as [M]. unmasked: only unmasked tokens.
-    encoder_tokens: Literal["paper", "unmasked"] = "paper"
-    #: One mask ratio a batch (the paper) or a sample.
-    ratio_per: Literal["batch", "sample"] = "batch"
+    #: Masking, padding and regularisation; the paper's by default.
+    model: ModelChoices = field(default_factory=ModelChoices)
     #: Passes over the data; the preset's without (vit_b 1600, small 70).
     epochs: int | None = None
     #: Epochs in which the learning rate rises; the preset's without (vit_b 80, small 2).
@@ -112,12 +134,8 @@ class PretrainConfig:
         return recipe
 
 
-def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | None = None) -> dict[str, Any]:
+def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end or to a stop; returns steps, the first and last logged loss, and the folder.
-
-    Args:
-        config: the recipe.
-        model_config: sizes for a tokenizer, in place of the preset.
 
     Raises:
         InputError: an unknown source, a cache of another tokenizer, a folder that holds another run.
@@ -127,6 +145,8 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
     highest_lr = scaled_lr(recipe.base_lr, recipe.batch_size)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer, device)
+    choices = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
+    sizes = preset(config.preset, tokenizer, **choices)
     source = open_source(config.data, image_size=tokenizer.config.image_size)
     fingerprint = module_fingerprint(tokenizer)
     if isinstance(source, TokenSource):
@@ -135,11 +155,6 @@ def run(config: PretrainConfig, model_config: Callable[[VQGAN], MAGEConfig] | No
     total_steps, warmup_steps = steps_an_epoch * recipe.epochs, steps_an_epoch * recipe.warmup_epochs
 
     torch.manual_seed(config.seed)
-    if model_config is None:
-        choices = {"encoder_tokens": config.encoder_tokens, "ratio_per": config.ratio_per}
-        sizes = preset(config.preset, tokenizer, **choices)
-    else:
-        sizes = model_config(tokenizer)
     model = MAGE(sizes, tokenizer).to(device)
     optimizer = build_adamw(model, highest_lr, weight_decay=config.weight_decay)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}

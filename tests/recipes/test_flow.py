@@ -16,7 +16,6 @@ from mage_fast import MAGE, MAGEConfig
 from mage_fast.cli import main
 from mage_fast.config import TokenizerConfig
 from mage_fast.recipes import pretrain, tokenize, train_tokenizer
-from mage_fast.tokenizer import VQGAN
 from mage_fast.training.run_state import read_part
 from mage_fast.training.token_cache import TokenCache
 
@@ -29,10 +28,6 @@ SIZE = TokenizerConfig(
     blocks_per_level=1,
     norm_groups=4,
 )
-
-
-def tiny(tokenizer: VQGAN) -> MAGEConfig:
-    return MAGEConfig.tiny(codebook_size=16, tokenizer=tokenizer.config)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def model(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = pretrain.PretrainConfig(
         tokenizer=tokenizer, out=out, epochs=1, warmup_epochs=0, batch_size=256, augment="weak"
     )
-    result = pretrain.run(config, tiny)
+    result = pretrain.run(config)
     assert result["steps"] == result["total_steps"] == 5
     return out
 
@@ -156,7 +151,7 @@ def test_pretrain_from_a_cache_resumes_to_the_bit(
     }
     whole = pretrain.PretrainConfig(**common, out=tmp_path / "whole", batch_size=400)
     broken = pretrain.PretrainConfig(**common, out=tmp_path / "broken", batch_size=400)
-    pretrain.run(whole, tiny)
+    pretrain.run(whole)
     forward, calls = MAGE.forward, iter(range(100))
 
     def dies(self: MAGE, *arguments: object, **options: object) -> object:
@@ -168,8 +163,8 @@ def test_pretrain_from_a_cache_resumes_to_the_bit(
         patched.setattr(MAGE, "forward", dies)
         settings = pretrain.PretrainConfig(**{**broken.__dict__, "save_every_seconds": 0.0})
         with pytest.raises(KeyboardInterrupt):
-            pretrain.run(settings, tiny)
-    result = pretrain.run(broken, tiny)
+            pretrain.run(settings)
+    result = pretrain.run(broken)
     assert result["steps"] == 6
     ours, theirs = (read_part(tmp_path / name / "state.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -183,7 +178,7 @@ def test_a_finished_run_is_not_trained_again(model: Path, tokenizer: Path) -> No
     config = pretrain.PretrainConfig(
         tokenizer=tokenizer, out=model, epochs=1, warmup_epochs=0, batch_size=256, augment="weak"
     )
-    assert pretrain.run(config, tiny)["steps"] == 5
+    assert pretrain.run(config)["steps"] == 5
     assert (model / "model.safetensors").read_bytes() == before
 
 
