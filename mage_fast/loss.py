@@ -26,12 +26,12 @@ class TokenHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, 1, config.vocabulary_size))
 
     def forward(
-        self, x_ND: Float[Tensor, "N D"], word_weight_VD: Float[Tensor, "V D"], columns: int | None = None
-    ) -> Float[Tensor, "N C"]:
-        """Logits over the first ``columns`` ids, the codebook's by default."""
-        columns = self.codebook_size if columns is None else columns
+        self, x_ND: Float[Tensor, "*rows D"], word_weight_VD: Float[Tensor, "V D"]
+    ) -> Float[Tensor, "*rows C"]:
+        """Logits over the codebook's ids, which come first in the vocabulary."""
+        codes = self.codebook_size
         hidden_ND = self.norm(bias_gelu(F.linear(x_ND, self.fc.weight), self.fc.bias))
-        return F.linear(hidden_ND, word_weight_VD[:columns].detach(), self.bias[0, 0, :columns])
+        return F.linear(hidden_ND, word_weight_VD[:codes].detach(), self.bias[0, 0, :codes])
 
 
 def rows_of_tokens(x_BSD: Float[Tensor, "B S D"], index_N: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:

@@ -74,16 +74,15 @@ def run(config: DemoConfig) -> dict[str, float]:
         return tokenizer_result
     stage("2/5 pre-training")
     cache = config.out / "tokens"
-    if not _complete(cache):
-        tokenize.run(
-            tokenize.TokenizeConfig(
-                data="digits",
-                tokenizer=config.out / "tokenizer",
-                out=cache,
-                split="train",
-                device=config.device,
-            )
+    tokenize.run(
+        tokenize.TokenizeConfig(
+            data="digits",
+            tokenizer=config.out / "tokenizer",
+            out=cache,
+            split="train",
+            device=config.device,
         )
+    )
     pretrain_result = pretrain.run(
         pretrain.PretrainConfig(
             data=f"tokens:{cache}",
@@ -152,11 +151,6 @@ def run(config: DemoConfig) -> dict[str, float]:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
     console.print(f"report: {config.out / 'report.html'}", highlight=False)
     return metrics
-
-
-def _complete(cache: Path) -> bool:
-    index = cache / "index.json"
-    return index.exists() and bool(json.loads(index.read_text())["complete"])
 
 
 def images_of(split: str, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,6 +77,9 @@ def run(config: TokenizeConfig) -> dict[str, int]:
         class_names=source.class_names,
         split=config.split,
     )
+    result = {"items": len(source), "views": config.views}
+    if writer.complete:
+        return result
     with writer:
         first, skip = divmod(writer.next_item, config.batch_size)
         streams = [
@@ -89,10 +92,13 @@ def run(config: TokenizeConfig) -> dict[str, int]:
             ids_BKL = torch.stack([_encode(tokenizer, view.inputs, device, config) for view in batch], 1)
             writer.append(ids_BKL[skip:], batch[0].labels[skip:])
             skip = 0
-    return {"items": len(source), "views": config.views, "bad_files": len(source.bad_files)}
+    return {**result, "bad_files": len(source.bad_files)}
 
 
-def _views(config: TokenizeConfig, source: Source, image_size: int, view: int, first: int):  # type: ignore[no-untyped-def]
+def _views(
+    config: TokenizeConfig, source: Source, image_size: int, view: int, first: int
+) -> Generator[Batch, None, None]:
+    """One view of every image, from batch ``first`` on."""
     return batches(
         source,
         config.batch_size,

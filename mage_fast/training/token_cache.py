@@ -52,7 +52,7 @@ class TokenCacheWriter:
         split: which split of the data source the items are ("all": readers split it).
 
     Raises:
-        InputError: the folder holds a complete cache, one with other settings, or damaged shards.
+        InputError: the folder holds a cache with other settings, or damaged shards.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class TokenCacheWriter:
         self._ids: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
         self._buffered = 0
+        self.complete = False
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / INDEX).exists():
             self._resume()
@@ -91,8 +92,6 @@ class TokenCacheWriter:
 
     def _resume(self) -> None:
         index = _read_index(self.folder)
-        if index["complete"]:
-            raise InputError(f"token cache {self.folder} is complete already, wanted a new or unfinished one")
         for key, wanted in self.settings.items():
             if index[key] != wanted:
                 raise InputError(
@@ -101,7 +100,7 @@ class TokenCacheWriter:
                 )
         for shard in index["shards"]:
             _check_shard(self.folder, shard, index, verify=True)
-        self._shards = index["shards"]
+        self._shards, self.complete = index["shards"], index["complete"]
 
     @property
     def next_item(self) -> int:
@@ -114,8 +113,10 @@ class TokenCacheWriter:
         """Add items in order; ``[B, L]`` will do for one view.
 
         Raises:
-            InputError: another length or number of views, an id outside the codebook.
+            InputError: another length or number of views, an id outside the codebook, a complete cache.
         """
+        if self.complete:
+            raise InputError(f"token cache {self.folder} is complete already, wanted a new or unfinished one")
         views, length = self.settings["views"], self.settings["length"]
         ids = ids_BKL.detach().cpu().numpy()
         labels = labels_B.detach().cpu().numpy().astype(LABEL_DTYPE)
@@ -160,7 +161,9 @@ class TokenCacheWriter:
         """Write what is left and mark the cache as complete."""
         if self._buffered:
             self._write_shard(self._buffered)
-        self._write_index(complete=True)
+        if not self.complete:
+            self._write_index(complete=True)
+            self.complete = True
 
     def __enter__(self) -> Self:
         return self

@@ -95,8 +95,11 @@ def test_an_interrupted_writer_goes_on(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cache.batch(np.arange(11)), ids)
     np.testing.assert_array_equal(cache.labels, np.arange(11))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    again = TokenCacheWriter(tmp_path, **settings)
+    assert again.complete
     with pytest.raises(InputError, match="is complete already"):
-        TokenCacheWriter(tmp_path, **settings)
+        again.append(ids[:1], torch.zeros(1, dtype=torch.int64))
+    again.close()
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
 
