@@ -23,6 +23,8 @@ from mage_fast.training.token_cache import TokenCache
 Split = Literal["train", "test", "all"]
 #: Part of every class that is held out where a source has no split of its own.
 TEST_FRACTION = 0.2
+#: Skipped files that get a line of their own in the log.
+LOGGED_FILES = 20
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +81,13 @@ class Source:
         """
 
     def report_bad(self, name: str, reason: str) -> None:
-        """Note a skipped file: one warning the first time."""
+        """Note a skipped file. The first ones are logged, one line each; ``bad_files`` names all."""
         if name not in self.bad_files:
             self.bad_files[name] = reason
-            log.warning("skipped %s: %s", name, reason)
+            if len(self.bad_files) <= LOGGED_FILES:
+                log.warning("skipped %s: %s", name, reason)
+            elif len(self.bad_files) == LOGGED_FILES + 1:
+                log.warning("skipped more files of %s, which are counted and not named here", self.spec)
 
 
 def split_indices(
