@@ -20,7 +20,7 @@ RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--out", type=Path, help="record file, otherwise benchmarks/results/<device>.json")
-    parser.addoption("--smoke", action="store_true", help="the tiny specs only")
+    parser.addoption("--smoke", action="store_true", help="the tiny specs in place of the real ones")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,8 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--smoke"):
-        items[:] = [item for item in items if "/tiny" in item.name]
+    smoke = config.getoption("--smoke")
+    items[:] = [item for item in items if ("/tiny" in item.name) == smoke]
 
 
 @pytest.fixture
