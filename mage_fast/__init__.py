@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mage_fast.errors import CheckpointError, InputError
     from mage_fast.kernels.dispatch import Unsupported, use_implementation
     from mage_fast.model import MAGE, MAGEOutput
-    from mage_fast.sampler import generate
+    from mage_fast.sampler import SamplerConfig, generate, generate_ids
     from mage_fast.tokenizer import VQGAN, Tokenizer
 
 __version__ = "0.1.0"
@@ -29,11 +29,13 @@ __all__ = [
     "InputError",
     "MAGEConfig",
     "MAGEOutput",
+    "SamplerConfig",
     "Tokenizer",
     "TokenizerConfig",
     "Unsupported",
     "__version__",
     "generate",
+    "generate_ids",
     "ops",
     "use_implementation",
 ]
@@ -44,11 +46,13 @@ _HOME = {
     "MAGEOutput": "model",
     "CheckpointError": "errors",
     "InputError": "errors",
+    "SamplerConfig": "sampler",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "config",
     "Unsupported": "kernels.dispatch",
     "VQGAN": "tokenizer",
     "generate": "sampler",
+    "generate_ids": "sampler",
     "use_implementation": "kernels.dispatch",
 }
 

@@ -90,7 +90,9 @@ def test_forced_implementation_raises_with_its_reason(
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="no op named 'nope'; the ops are philox, mask_plan"):
         dispatch.select("nope", "auto", "cpu")
-    with pytest.raises(dispatch.Unsupported, match="bias_gelu has no implementation named 'nope'"):
+    with pytest.raises(
+        dispatch.Unsupported, match="bias_gelu: implementation 'nope' cannot run here: there is none"
+    ):
         value(implementation="nope")
     with (
         pytest.raises(ValueError, match=r"no op named \['nope'\]"),
