@@ -113,7 +113,7 @@ def test_wrong_numbers(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "count 0": ("generate", "--model", model, *out, "--count", 0),
         "block is 7, wanted 0 <= block < 2": ("probe", "--model", model, *out, "--block", 7),
         "epochs 0": ("pretrain", "--tokenizer", tokenizer, *out, "--epochs", 0),
-        "wanted at least batch_size 4096": ("pretrain", "--tokenizer", tokenizer, *out, "--preset", "vit_b"),
+        "wanted at least batch_size 4096": ("pretrain", "--tokenizer", tokenizer, *out, "--batch-size", 4096),
         "mask_ratio_min is 1.5, wanted a ratio in [0, 1]": (
             *("pretrain", "--tokenizer", tokenizer, *out, "--model.mask-ratio-min", 1.5),
         ),
@@ -123,7 +123,8 @@ def test_wrong_numbers(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "views 0": ("tokenize", "--tokenizer", tokenizer, *out, "--views", 0),
         "device is 'gpu'": ("tokenize", "--tokenizer", tokenizer, *out, "--device", "gpu"),
         "holds a tokenizer, wanted a model": ("probe", "--model", tokenizer),
-        "no such file": ("probe", "--model", tmp_path / "nothing"),
+        "there is no model at": ("probe", "--model", tmp_path / "nothing"),
+        "there is no tokenizer at": ("pretrain", "--tokenizer", tmp_path / "nothing", *out),
         "there is no such folder": ("tokenize", "--tokenizer", tokenizer, *out, "--data", "folder:/nowhere"),
     }
     for message, arguments in cases.items():

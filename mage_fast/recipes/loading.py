@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from mage_fast import checkpoint, storage
+from mage_fast import storage
 from mage_fast.config import MAGEConfig
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
@@ -22,8 +22,10 @@ def load_model(path: Path, device: torch.device) -> MAGE:
 
     Raises:
         CheckpointError: missing, truncated or of another width.
-        InputError: the folder holds a tokenizer alone.
+        InputError: nothing there, or a tokenizer alone.
     """
+    if not path.exists():
+        raise InputError(f"there is no model at {path}: train one with mage-fast pretrain, or give --model")
     if path.is_dir() and _is_tokenizer(path):
         raise InputError(f"{path} holds a tokenizer, wanted a model")
     return MAGE.from_pretrained(path).to(device).eval()
@@ -34,8 +36,12 @@ def load_tokenizer(path: Path, device: torch.device) -> VQGAN:
 
     Raises:
         CheckpointError: missing, truncated or of another width.
-        InputError: a model without a tokenizer.
+        InputError: nothing there, or a model without a tokenizer.
     """
+    if not path.exists():
+        raise InputError(
+            f"there is no tokenizer at {path}: train one with mage-fast train-tokenizer, or give --tokenizer"
+        )
     if path.is_dir() and _is_tokenizer(path):
         tokenizer = VQGAN.from_pretrained(path)
     else:
@@ -60,8 +66,3 @@ def preset(name: str, tokenizer: VQGAN, **changes: object) -> MAGEConfig:
     sizes = {"grid_size": tokenizer.grid_size, "codebook_size": tokenizer.codebook_size}
     make = {"vit_b": MAGEConfig.vit_b, "vit_l": MAGEConfig.vit_l, "vit_h": MAGEConfig.vit_h}
     return (make | {"small": MAGEConfig.small})[name](tokenizer=tokenizer.config, **sizes, **changes)
-
-
-def load_published(path: Path) -> tuple[dict[str, torch.Tensor], MAGEConfig]:
-    """Our state dict and configuration of a published file."""
-    return checkpoint.from_published(checkpoint.load_published(path), source=path)

@@ -95,7 +95,7 @@ class PretrainConfig:
     epochs: int | None = None
     #: Epochs in which the learning rate rises; the preset's without (vit_b 80, small 2).
     warmup_epochs: int | None = None
-    #: Images a step; the preset's without (vit_b 4096, small 64).
+    #: Images a step; without, the preset's (vit_b 4096, small 64) or all there are.
     batch_size: int | None = None
     #: Learning rate for a batch of 256, it scales with the batch; the preset's without (vit_b 1.5e-4).
     base_lr: float | None = None
@@ -142,7 +142,6 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         TrainingError: the loss is not finite.
     """
     recipe = config.recipe()
-    highest_lr = scaled_lr(recipe.base_lr, recipe.batch_size)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer, device)
     choices = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
@@ -151,6 +150,9 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     fingerprint = module_fingerprint(tokenizer)
     if isinstance(source, TokenSource):
         _check_cache(source, tokenizer, fingerprint)
+    if config.batch_size is None and len(source) < recipe.batch_size:
+        recipe = dataclasses.replace(recipe, batch_size=len(source))
+    highest_lr = scaled_lr(recipe.base_lr, recipe.batch_size)
     steps_an_epoch = steps_per_epoch(source, recipe.batch_size)
     total_steps, warmup_steps = steps_an_epoch * recipe.epochs, steps_an_epoch * recipe.warmup_epochs
 

@@ -34,6 +34,10 @@ SMALL = TokenizerConfig(
     norm_groups=8,
 )
 
+DEFAULT_BATCH = 64
+#: Settings that may change when a run goes on.
+FREE = ("out", "device", "workers", "log_every", "save_every")
+
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig:
@@ -47,8 +51,8 @@ class TrainTokenizerConfig:
     model: TokenizerConfig = SMALL
     #: Training steps.
     steps: int = 400
-    #: Images a step.
-    batch_size: int = 64
+    #: Images a step; without, 64 or all there are.
+    batch_size: int | None = None
     #: Highest learning rate; it falls to 0 along a cosine.
     lr: float = 2e-3
     #: Steps in which the learning rate rises from 0.
@@ -89,9 +93,6 @@ class TrainTokenizerConfig:
     #: Steps between saves; beside that every ten minutes.
     save_every: int = 1000
 
-    #: Which of the fields above may change when a run resumes.
-    _free = ("out", "device", "workers", "log_every", "save_every")
-
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "log_every", "save_every", "discriminator_width")
         others = (
@@ -101,7 +102,8 @@ class TrainTokenizerConfig:
         limits = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(others, (0, math.inf))
         limits["warmup_steps"] = (0, self.steps)
         for name, (low, high) in limits.items():
-            if not low <= (got := getattr(self, name)) <= high:
+            got = getattr(self, name)
+            if got is not None and not low <= got <= high:
                 wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise InputError(f"train-tokenizer: {name} is {got}, wanted {wanted}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -130,7 +132,7 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
     """
     device = pick_device(config.device)
     trainer = Trainer(config, device)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in config._free}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     state = Run(config.out, {"recipe": "train-tokenizer", **settings}, **trainer.parts)
     _check_folder(state)
     start = state.resume()
@@ -145,12 +147,13 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
     source, held_out = (open_source(config.data, image_size=size, split=s) for s in ("train", "test"))
     if source.kind != "images":
         raise InputError(f"data is {config.data!r}, wanted images: a tokenizer learns from pixels")
-    steps_per_epoch(source, config.batch_size)
+    batch_size = config.batch_size or min(DEFAULT_BATCH, len(source))
+    steps_per_epoch(source, batch_size)
     if config.perceptual_weight > 0:
         trainer.perceptual = PerceptualDistance().to(device)
 
     with RunLogger(
-        config.out, config.steps, "tokenizer", start_step=start, samples_per_step=config.batch_size
+        config.out, config.steps, "tokenizer", start_step=start, samples_per_step=batch_size
     ) as logger:
         if start:
             logger.message(f"{config.out}: resumed after step {start} of {config.steps}")
@@ -159,7 +162,7 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
             total_steps=config.steps,
             batches_from=lambda step: training_batches(
                 source,
-                config.batch_size,
+                batch_size,
                 step=step,
                 image_size=size,
                 seed=config.seed,
@@ -176,7 +179,7 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
         )
         if result.stopped_by:
             return about | {"steps": result.step, "stopped_by": result.stopped_by}
-        metrics, pairs = evaluate(trainer.model, held_out, config.batch_size, config.workers)
+        metrics, pairs = evaluate(trainer.model, held_out, batch_size, config.workers)
         write_grid(pairs, config.out / GRID_NAME, columns=8)
         trainer.model.save_pretrained(config.out)
         state.save(config.steps, extra=metrics)
