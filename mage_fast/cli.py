@@ -6,8 +6,11 @@ Ctrl-C or SIGTERM with the state saved.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -60,7 +63,23 @@ def parse(arguments: Sequence[str] | None) -> Any:
     union: Any = choices[0]
     for choice in choices[1:]:
         union = union | choice
-    return tyro.cli(union, prog="mage-fast", args=arguments, description="MAGE with fused kernels.")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(union, prog="mage-fast", args=arguments, description="MAGE with fused kernels.")
+    except SystemExit:
+        print(_refused(said.getvalue()), file=sys.stderr)
+        raise
+
+
+def _refused(text: str) -> str:
+    """One line for a refused value, out of a box of wrapped lines; other messages as they are."""
+    flat = " ".join(text.replace("│", " ").replace("|", " ").split())
+    found = re.search(r"Error parsing (\S+): (.*?) [─-]{5}", flat)
+    if found is None:
+        return text
+    option = f"{found[1]}: " if found[1].startswith("--") else ""  # else the place in a dataclass
+    return f"mage-fast: error: {option}{found[2]}"
 
 
 def _fail(error: Exception, code: int) -> int:
