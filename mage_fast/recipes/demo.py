@@ -5,7 +5,6 @@ Tokenizer, token cache, pre-training, generation, masked reconstruction, linear 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mage_fast.files import atomic_path
+from mage_fast.files import write_json
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
 from mage_fast.probe import chance_level, linear_probe
@@ -27,7 +26,7 @@ from mage_fast.recipes.probe import extract_features
 from mage_fast.sampler import SamplerConfig, generate, generate_ids
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import batches, open_source
-from mage_fast.training.metrics import frechet_distance, psnr_db
+from mage_fast.training.metrics import frechet_distance
 from mage_fast.training.run import pick_device
 
 #: Images of the Frechet distances; real ones are the whole training split.
@@ -53,12 +52,10 @@ def run(config: DemoConfig) -> dict[str, float]:
     """Run all stages and write ``report.html``, ``samples.png`` and ``metrics.json``; returns the metrics."""
     console = Console(stderr=True)
     device = pick_device(config.device)
-    seconds: dict[str, float] = {}
     started = time.monotonic()
 
     def stage(name: str) -> None:
-        seconds[name] = time.monotonic() - started
-        console.print(f"[bold]{name}[/bold] ({seconds[name]:.0f} s)", highlight=False)
+        console.print(f"[bold]{name}[/bold] ({time.monotonic() - started:.0f} s)", highlight=False)
 
     stage("1/5 tokenizer")
     tokenizer_result = train_tokenizer.run(
@@ -104,7 +101,7 @@ def run(config: DemoConfig) -> dict[str, float]:
 
     stage("3/5 generation")
     metrics: dict[str, float] = {
-        "tokenizer_psnr_db": psnr_db(_reconstruct(model.tokenizer, test[0]).clamp(0, 1), test[0]),
+        "tokenizer_psnr_db": tokenizer_result["psnr_db"],
         "pretrain_loss_first": pretrain_result["loss_first"],
         "pretrain_loss_last": pretrain_result["loss_last"],
     }
@@ -147,8 +144,7 @@ def run(config: DemoConfig) -> dict[str, float]:
     )
     metrics["seconds"] = time.monotonic() - started
     write_report(report, metrics, config.out / "report.html")
-    with atomic_path(config.out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(config.out / "metrics.json", metrics)
     console.print(f"report: {config.out / 'report.html'}", highlight=False)
     return metrics
 
@@ -156,7 +152,7 @@ def run(config: DemoConfig) -> dict[str, float]:
 def images_of(split: str, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """All images of a split of the digits, and their labels."""
     source = open_source("digits", image_size=image_size, split=split)  # type: ignore[arg-type]
-    stream = batches(source, 256, image_size=image_size, shuffle=False, drop_last=False, augment="eval")
+    stream = batches(source, 256, shuffle=False, drop_last=False, augment="eval")
     images, labels, _ = zip(*stream, strict=True)
     return torch.cat(images).to(device), torch.cat(labels).to(device)
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from mage_fast.errors import InputError
-from mage_fast.files import atomic_path
+from mage_fast.files import write_json
 from mage_fast.recipes.loading import Precision, load_model, precision_context
 from mage_fast.recipes.pictures import write_grid
 from mage_fast.sampler import SamplerConfig, generate_ids
 from mage_fast.training.images import read_rgb
+from mage_fast.training.logs import progress
 from mage_fast.training.metrics import save_png
 from mage_fast.training.run import check_settings, pick_device
 from mage_fast.training.run_state import module_fingerprint
@@ -66,8 +65,7 @@ def run(config: GenerateConfig) -> dict[str, object]:
     paths = [config.out / f"{index:06d}.png" for index in range(config.count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     starts = sorted({index // config.batch_size * config.batch_size for index in missing})
-    console = Console(stderr=True)
-    for first in track(starts, "generate", console=console, disable=not console.is_terminal):
+    for first in progress(starts, "generate"):
         part = slice(first, min(first + config.batch_size, config.count))
         with torch.no_grad(), precision_context(config.precision, device):
             ids = generate_ids(
@@ -81,15 +79,18 @@ def run(config: GenerateConfig) -> dict[str, object]:
             images = model.tokenizer.decode(ids)
         for image, path in zip(images, paths[part], strict=True):
             save_png(image, path)
-    if starts and starts[0] == 0:
+    if missing and missing[0] < GRID_IMAGES:
         _grid(paths[:GRID_IMAGES], config.out / "grid.png")
     return {"images": config.count, "new": len(missing), "out": str(config.out)}
 
 
 def _claim(config: GenerateConfig, fingerprint: str) -> None:
     """Note the settings in the folder, or compare them with those noted."""
-    sampler = dataclasses.asdict(config.sampler)
-    settings = {**sampler, "seed": config.seed, "label": config.label, "model": fingerprint}
+    settings = {
+        **dataclasses.asdict(config.sampler),
+        **{"seed": config.seed, "label": config.label, "precision": config.precision},
+        "model": fingerprint,
+    }
     if config.out.exists() and not config.out.is_dir():
         raise InputError(f"{config.out} is a file, wanted a folder for the images")
     path = config.out / SETTINGS
@@ -99,8 +100,7 @@ def _claim(config: GenerateConfig, fingerprint: str) -> None:
         raise InputError(f"{config.out} holds images of something else: give another --out")
     else:
         config.out.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings)
 
 
 def _grid(paths: list[Path], path: Path) -> None:

@@ -196,7 +196,6 @@ def run(config: PretrainConfig) -> dict[str, Any]:
                 source,
                 recipe.batch_size,
                 step=step,
-                image_size=tokenizer.config.image_size,
                 seed=config.seed,
                 augment=recipe.augment,
                 workers=config.workers,

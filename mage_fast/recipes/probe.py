@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from mage_fast.errors import InputError
-from mage_fast.files import atomic_path
+from mage_fast.files import write_json
 from mage_fast.model import MAGE
 from mage_fast.probe import chance_level, linear_probe
 from mage_fast.recipes.loading import Precision, load_model, precision_context
 from mage_fast.training.data import batches, open_source, steps_per_epoch
+from mage_fast.training.logs import progress
 from mage_fast.training.run import pick_device
 from mage_fast.training.sources import Split
 
@@ -70,8 +68,7 @@ def run(config: ProbeConfig) -> dict[str, object]:
     }
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(config.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(config.out, result)
     return result
 
 
@@ -90,26 +87,16 @@ def extract_features(
     Raises:
         InputError: an unknown source, or data of a single class.
     """
-    side = 256 if model.tokenizer is None else model.config.grid_size * _pixels_a_token(model)
-    source = open_source(data, image_size=side, split=split)
+    tokenizer = model.config.tokenizer
+    source = open_source(data, image_size=tokenizer.image_size if tokenizer else 256, split=split)
     if source.num_classes < 2:
         raise InputError(f"{data} has {source.num_classes} class, wanted labelled data of two or more")
     device = model.head.bias.device
-    stream = batches(
-        source, batch_size, image_size=side, shuffle=False, drop_last=False, augment="eval", workers=workers
-    )
+    stream = batches(source, batch_size, shuffle=False, drop_last=False, augment="eval", workers=workers)
     steps = steps_per_epoch(source, batch_size, drop_last=False)
-    console = Console(stderr=True)
     features, labels = [], []
-    for batch in track(
-        stream, f"features ({split})", steps, console=console, disable=not console.is_terminal
-    ):
+    for batch in progress(stream, f"features ({split})", steps):
         with torch.no_grad(), precision_context(precision, device):
             features.append(model.features(batch.inputs.to(device), block=block).float().cpu())
         labels.append(batch.labels)
     return torch.cat(features), torch.cat(labels)
-
-
-def _pixels_a_token(model: MAGE) -> int:
-    assert model.config.tokenizer is not None
-    return model.config.tokenizer.downsampling

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from mage_fast.errors import InputError
 from mage_fast.recipes.loading import Precision, load_tokenizer, precision_context
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import Batch, batches, open_source, steps_per_epoch
+from mage_fast.training.logs import progress
 from mage_fast.training.run import pick_device
 from mage_fast.training.run_state import module_fingerprint
 from mage_fast.training.sources import Source
@@ -63,8 +62,8 @@ def run(config: TokenizeConfig) -> dict[str, int]:
     source = open_source(config.data, image_size=tokenizer.config.image_size, split=config.split)
     if source.kind != "images":
         raise InputError(f"tokenize: {config.data} holds tokens already, wanted images")
-    streams = [_views(config, source, tokenizer.config.image_size, view, 0) for view in range(config.views)]
-    for stream in streams:  # made once to check the augmentation and sizes before the cache is begun
+    # made once to check the augmentation and the images' sizes before the cache is begun
+    for stream in _views(config, source, 0):
         stream.close()
     writer = TokenCacheWriter(
         config.out,
@@ -82,36 +81,32 @@ def run(config: TokenizeConfig) -> dict[str, int]:
         return result
     with writer:
         first, skip = divmod(writer.next_item, config.batch_size)
-        streams = [
-            _views(config, source, tokenizer.config.image_size, view, first) for view in range(config.views)
-        ]
         steps = steps_per_epoch(source, config.batch_size, drop_last=False) - first
-        console = Console(stderr=True)
-        views: Iterator[tuple[Batch, ...]] = zip(*streams, strict=True)
-        for batch in track(views, "tokenize", total=steps, console=console, disable=not console.is_terminal):
+        views: Iterator[tuple[Batch, ...]] = zip(*_views(config, source, first), strict=True)
+        for batch in progress(views, "tokenize", steps):
             ids_BKL = torch.stack([_encode(tokenizer, view.inputs, device, config) for view in batch], 1)
             writer.append(ids_BKL[skip:], batch[0].labels[skip:])
             skip = 0
     return {**result, "bad_files": len(source.bad_files)}
 
 
-def _views(
-    config: TokenizeConfig, source: Source, image_size: int, view: int, first: int
-) -> Generator[Batch, None, None]:
-    """One view of every image, from batch ``first`` on."""
-    return batches(
-        source,
-        config.batch_size,
-        image_size=image_size,
-        seed=config.seed,
-        epoch=view,
-        start_step=first,
-        shuffle=False,
-        drop_last=False,
-        augment=config.augment,
-        on_bad_file="substitute",
-        workers=config.workers,
-    )
+def _views(config: TokenizeConfig, source: Source, first: int) -> list[Generator[Batch, None, None]]:
+    """Every view of every image, from batch ``first`` on."""
+    return [
+        batches(
+            source,
+            config.batch_size,
+            seed=config.seed,
+            epoch=view,
+            start_step=first,
+            shuffle=False,
+            drop_last=False,
+            augment=config.augment,
+            on_bad_file="substitute",
+            workers=config.workers,
+        )
+        for view in range(config.views)
+    ]
 
 
 def _encode(tokenizer: VQGAN, images: Tensor, device: torch.device, config: TokenizeConfig) -> Tensor:

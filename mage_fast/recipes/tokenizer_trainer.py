@@ -158,7 +158,6 @@ def evaluate(
     stream = batches(
         source,
         min(batch_size, len(source)),
-        image_size=model.config.image_size,
         shuffle=True,  # the pairs then show several classes of a sorted folder
         drop_last=False,
         on_bad_file="drop",

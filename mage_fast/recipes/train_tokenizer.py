@@ -164,7 +164,6 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
                 source,
                 batch_size,
                 step=step,
-                image_size=size,
                 seed=config.seed,
                 augment=config.augment,
                 workers=config.workers,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from mage_fast.files import atomic_path
 
 METRICS_FILE = "metrics.jsonl"
+ItemT = TypeVar("ItemT")
 
 
 class RunLogger:
@@ -112,6 +113,12 @@ class RunLogger:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def progress(items: Iterable[ItemT], description: str, total: int | None = None) -> Iterable[ItemT]:
+    """The items, with a progress bar on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, disable=not console.is_terminal)
 
 
 def _step(line: str) -> float:

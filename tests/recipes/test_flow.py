@@ -197,6 +197,10 @@ def test_generate_makes_the_same_images_in_any_batches(
     assert Image.open(tmp_path / "a" / "grid.png").size[0] > 16
     (tmp_path / "a" / "000003.png").unlink()
     assert run_command(capsys, *options, "--out", tmp_path / "a", "--batch-size", 2)["new"] == 1
+    more = ("generate", "--model", model, "--count", 7, "--sampler.steps", 3, "--seed", 3, "--batch-size", 5)
+    before = Image.open(tmp_path / "b" / "grid.png").size
+    assert run_command(capsys, *more, "--out", tmp_path / "b")["new"] == 2
+    assert Image.open(tmp_path / "b" / "grid.png").size != before, "the grid shows the new ones too"
     assert main([*map(str, options[:-1]), "4", "--out", str(tmp_path / "a")]) == 2
     assert "seed 3 and not 4" in capsys.readouterr().err
 
