@@ -103,7 +103,7 @@ def save_torch(path: str | Path, contents: Any) -> None:
     Raises:
         CheckpointError: the folder does not exist or cannot be written.
     """
-    with _writing(path), atomic_path(path) as temporary, open(temporary, "xb") as file:
+    with _writing(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(contents, file)
 
 

@@ -293,3 +293,10 @@ def test_channels_last_weights_are_saved(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["codebook_size"] == 32
     for name, x in vqgan.state_dict().items():
         assert torch.equal(state[name], x)
+
+
+def test_a_file_left_behind_by_a_kill_is_in_no_ones_way(tmp_path: Path) -> None:
+    (tmp_path / ".mage.pth.tmp").write_bytes(b"half")
+    checkpoint.save_published(tmp_path / "mage.pth", {"x": torch.ones(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["mage.pth"]
+    assert torch.equal(checkpoint.load_published(tmp_path / "mage.pth")["x"], torch.ones(2))
