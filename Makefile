@@ -7,10 +7,10 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench compile-gate lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## create .venv with pinned packages and the compiled extension
 
@@ -35,6 +35,9 @@ test: $(STAMP) ## the whole test suite
 
 bench: $(STAMP) ## time every op at its real shapes; writes benchmarks/results/<device>.json
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-max-time 0.5
+
+compile-gate: $(STAMP) ## compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU
+	$(BIN)/python -m benchmarks.compile_gate
 
 lint: $(STAMP) ## ruff, ruff format and mypy, without changing a file
 	$(BIN)/ruff check .

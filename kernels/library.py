@@ -43,10 +43,14 @@ def define(
 
     def run(*args: Any) -> Any:
         *inputs, implementation = args
-        device = next(a for a in inputs if isinstance(a, Tensor)).device.type
-        module = dispatch.select(op, implementation, device, name, tuple(inputs))
-        autocast = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        device = next(a for a in inputs if isinstance(a, Tensor)).device
+        module = dispatch.select(op, implementation, device.type, name, tuple(inputs))
+        autocast = torch.is_autocast_enabled(device.type)
+        with (
+            torch.autocast(device.type, enabled=False) if autocast else nullcontext(),
+            # Triton launches on the current device
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        ):
             return getattr(module, name)(*inputs)
 
     _library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))

@@ -79,7 +79,8 @@ def keep_scale(p: float, bits: int) -> float:
     return 1.0 / (1.0 - threshold(p, bits) / 2**bits)
 
 
-def _least_kept(p: float, bits: int) -> int:
+def least_kept(p: float, bits: int) -> int:
+    """The smallest signed value of an element's bits that is kept."""
     return threshold(p, bits) - 2 ** (bits - 1)
 
 
@@ -104,14 +105,14 @@ def keep_mask(state: Tensor, stream: int, shape: torch.Size | tuple[int, ...], p
     count = torch.Size(shape).numel()
     blocks = philox(state, stream, 1, -(-count // 8))
     halves = blocks.view(torch.int16).flatten()[:count]
-    return (halves >= _least_kept(p, ACTIVATION_BITS)).view(shape)
+    return (halves >= least_kept(p, ACTIVATION_BITS)).view(shape)
 
 
 def keep_mask_attention(state: Tensor, stream: int, rows: int, keys: int, p: float) -> Tensor:
     """bool ``[rows, keys]``, True where an attention probability is kept (8 bits a probability)."""
     blocks = philox(state, stream, rows, -(-(keys + ATTENTION_KEY_OFFSET) // 16))
     octets = blocks.view(torch.int8).flatten(1)[:, ATTENTION_KEY_OFFSET : ATTENTION_KEY_OFFSET + keys]
-    return octets >= _least_kept(p, ATTENTION_BITS)
+    return octets >= least_kept(p, ATTENTION_BITS)
 
 
 def dropout(x: Tensor, state: Tensor | None, stream: int, p: float) -> Tensor:

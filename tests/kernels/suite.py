@@ -42,6 +42,16 @@ class Target:
     implementation: str
     device: str
 
+    @property
+    def widest(self) -> torch.dtype:
+        """For tests of everything but dtypes: the reference takes float64, kernels float32."""
+        return torch.float64 if self.implementation == "reference" else torch.float32
+
+    @property
+    def interpreted(self) -> bool:
+        """Triton kernels without a GPU: right but slow."""
+        return (self.implementation, self.device) == ("triton", "cpu")
+
 
 def targets(op: str) -> list:
     """A pytest parameter for each implementation in the op's folder and each device that it runs on."""
@@ -183,12 +193,31 @@ class OpSuite:
             "layout": (list(LAYOUTS), lambda f: f.__name__),
             "bad_input": (list(self.bad), str),
         }
+        if {"target", "spec"} <= set(metafunc.fixturenames):
+            metafunc.parametrize(("target", "spec"), self.pairs())
+            choices = {name: choice for name, choice in choices.items() if name not in ("target", "spec")}
         for name, (values, label) in choices.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, values, ids=None if name == "target" else label)
 
     def specs(self) -> tuple:
         return importlib.import_module(f"mage_fast.kernels.ops.{self.op}.specs").SPECS
+
+    def pairs(self) -> list:
+        """Targets with the specs that they run: interpreted kernels only the tiny and the small ones, the
+        GPU also those of a whole batch.
+        """
+        module = importlib.import_module(f"mage_fast.kernels.ops.{self.op}.specs")
+        found = []
+        for parameter in targets(self.op):
+            (target,) = parameter.values
+            specs = [*module.SPECS, *(getattr(module, "GPU_SPECS", ()) if target.device == "cuda" else ())]
+            if target.interpreted:
+                specs = [s for s in specs if s.name.startswith(("tiny", "small"))]
+            found += [
+                pytest.param(target, s, id=f"{parameter.id}-{s.name}", marks=parameter.marks) for s in specs
+            ]
+        return found
 
     def function(self, target: Target) -> Callable:
         """The public function with the implementation forced; a declined call skips with its reason."""

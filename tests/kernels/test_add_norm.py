@@ -71,7 +71,7 @@ class TestAddNorm(OpSuite):
     @example(rows=1, features=1, dropout=0.0)
     @example(rows=3, features=7, dropout=0.1)
     def test_shapes(self, target: Target, rows: int, features: int, dropout: float) -> None:
-        inputs = Spec("drawn", rows, features, dropout).inputs(torch.float64, target.device)
+        inputs = Spec("drawn", rows, features, dropout).inputs(target.widest, target.device)
         self.check(self.function(target), inputs)
 
     def test_leading_dimensions(self, target: Target) -> None:

@@ -89,11 +89,11 @@ class TestAttention(OpSuite):
         self, target: Target, lengths: list[int], heads: int, features: int, dropout: float, spare: int
     ) -> None:
         """Empty sequences, none at all, and a max_seqlen over the longest."""
-        inputs = Spec("drawn", tuple(lengths), heads, features, dropout).inputs(torch.float64, target.device)
+        inputs = Spec("drawn", tuple(lengths), heads, features, dropout).inputs(target.widest, target.device)
         self.check(self.function(target), inputs | {"max_seqlen": inputs["max_seqlen"] + spare})
 
     def test_softmax_scale(self, target: Target) -> None:
-        inputs = Spec("scaled", (4, 3), 2, 8).inputs(torch.float64, target.device)
+        inputs = Spec("scaled", (4, 3), 2, 8).inputs(target.widest, target.device)
         self.check(self.function(target), inputs | {"softmax_scale": 0.7})
 
     def test_sequences_do_not_meet(self, target: Target) -> None:

@@ -52,7 +52,7 @@ class TestBiasGelu(OpSuite):
     @example(rows=3, features=7, dropout=0.1)
     def test_shapes(self, target: Target, rows: int, features: int, dropout: float) -> None:
         self.check(
-            self.function(target), Spec("drawn", rows, features, dropout).inputs(torch.float64, target.device)
+            self.function(target), Spec("drawn", rows, features, dropout).inputs(target.widest, target.device)
         )
 
     def test_leading_dimensions(self, target: Target) -> None:

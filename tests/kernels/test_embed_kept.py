@@ -67,7 +67,7 @@ class TestEmbedKept(OpSuite):
         """Also with int32 ids."""
         for counts in ((0, 0), (1, 0), (1, 1)):
             plan = PlanSpec("one", 1, 1, counts[:1] * 2, counts[1:] * 2)
-            inputs = Spec("one", plan, 9, 8).inputs(torch.float64, target.device)
+            inputs = Spec("one", plan, 9, 8).inputs(target.widest, target.device)
             inputs |= {name: inputs[name].int() for name in ("ids_BL", "class_ids_B")}
             self.check(self.function(target), inputs)
 

@@ -56,10 +56,10 @@ class TestGroupNormSilu(OpSuite):
         self, target: Target, images: int, groups: int, width: int, size: int, channels_last: bool
     ) -> None:
         spec = Spec("drawn", images, groups * width, size, groups, channels_last)
-        self.check(self.function(target), spec.inputs(torch.float64, target.device))
+        self.check(self.function(target), spec.inputs(target.widest, target.device))
 
     def test_rectangles(self, target: Target) -> None:
-        inputs = Spec("square", 2, 4, 6, 2).inputs(torch.float64, target.device)
+        inputs = Spec("square", 2, 4, 6, 2).inputs(target.widest, target.device)
         inputs["x_NCHW"] = inputs["x_NCHW"].detach()[:, :, :5, 1:4].requires_grad_()
         self.check(self.function(target), inputs)
 

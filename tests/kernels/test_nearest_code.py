@@ -52,7 +52,7 @@ class TestNearestCode(OpSuite):
     @example(rows=1, codes=1, channels=1)
     def test_shapes(self, target: Target, rows: int, codes: int, channels: int) -> None:
         self.check(
-            self.function(target), Spec("drawn", rows, codes, channels).inputs(torch.float64, target.device)
+            self.function(target), Spec("drawn", rows, codes, channels).inputs(target.widest, target.device)
         )
 
     def test_agrees_with_float64_argmin(self, target: Target) -> None:

@@ -95,7 +95,7 @@ class TestPadDecoder(OpSuite):
     ) -> None:
         kept = round(shares[0] * length)
         spec = Spec("drawn", batch, length, kept, round(shares[1] * kept), features, mask_token and batch > 0)
-        self.check(self.function(target), spec.inputs(torch.float64, target.device))
+        self.check(self.function(target), spec.inputs(target.widest, target.device))
 
     @pytest.mark.parametrize("index", [torch.int32, torch.int64])
     def test_packed_images_of_different_lengths(self, target: Target, index: torch.dtype) -> None:

@@ -80,7 +80,7 @@ class TestSampleConfident(ExactOpSuite):
         return tuple(spec for spec in SPECS if spec.batch < 64)  # a loop over 16 million codes is slow
 
     def test_options(self, target: Target) -> None:
-        inputs = Spec("options", 3, 5, 7, 4).inputs(torch.float64, target.device)
+        inputs = Spec("options", 3, 5, 7, 4).inputs(target.widest, target.device)
         inputs |= {"temperature": 0.7, "stream": 3, "first_sample": 11, "guidance_scale": 1.5}
         inputs["guidance_logits_BLC"] = inputs["logits_BLC"].flip(0)
         self.check(self.function(target), inputs)

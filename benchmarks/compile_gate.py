@@ -1,0 +1,328 @@
+"""The compile gate: every Triton kernel, as it is launched at the real shapes, compiled without a GPU.
+
+The launchers run on fake tensors (so a launcher that reads a value, that is waits for the GPU, fails here)
+and their launches are recorded and compiled for each architecture. From the machine code come registers,
+spills, shared memory and the count of tensor-core instructions.
+
+    python -m benchmarks.compile_gate [--arch 80 90 100] [--op attention] [--out FILE]
+
+The gate is red, and the exit status 1, if a kernel spills, or if a kernel with a matrix product holds no
+HGMMA instruction on sm_90 (HMMA on sm_80, UTCHMMA on sm_100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, MockTensor
+
+from mage_fast import kernels
+from mage_fast.kernels import dispatch
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: The instructions by which a matrix product runs on tensor cores.
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+#: Of one multiprocessor: shared memory in bytes, threads; 65,536 registers on all.
+SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
+REGISTERS, THREADS, BLOCKS = 65_536, 2048, 32
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher launched it, tensors replaced by their dtypes."""
+
+    op: str
+    spec: str
+    dtype: str
+    kernel: Any
+    args: tuple
+    kwargs: tuple
+    grid: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple:
+        """Equal for launches that run the same machine code."""
+        return (
+            self.kernel.fn.__module__,
+            self.kernel.fn.__name__,
+            *map(_specialization, self.args),
+            self.kwargs,
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of a launch holds."""
+
+    op: str
+    kernel: str
+    spec: str
+    dtype: str
+    arch: int
+    constants: str
+    programs: int
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    instructions: int
+    matrix: bool
+    matrix_instructions: int
+    occupancy: float
+
+    @property
+    def green(self) -> bool:
+        return self.spills == 0 and (self.matrix_instructions > 0 or not self.matrix)
+
+
+def _specialization(value: Any) -> Any:
+    """What Triton compiles anew for: dtypes, and of integers whether they are 1 or multiples of 16."""
+    if isinstance(value, torch.dtype):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ("int", value == 1, value % 16 == 0, abs(value) >= 2**31)
+    return type(value).__name__ if isinstance(value, float) else value
+
+
+class _ThroughToTriton(TorchDispatchMode):
+    """Our ops run their Triton launcher, on fake tensors, in place of the registered fake."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace != "mage_fast" or args[-1] != "triton":
+            return func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("mage_fast::")
+        module = dispatch._find(name.removesuffix("_backward"), "triton")
+        if isinstance(module, str):
+            raise dispatch.Unsupported(module)
+        reason = getattr(module, "unsupported", lambda *_: None)(name, *args[:-1])
+        if reason:
+            raise dispatch.Unsupported(reason)
+        return getattr(module, name)(*args[:-1])
+
+
+@contextmanager
+def _recorded(into: list[tuple]) -> Iterator[None]:
+    """Kernel launches are appended to the list and not run."""
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        into.append((self, args, kwargs, grid))
+
+    before, JITFunction.run = JITFunction.run, run
+    try:
+        yield
+    finally:
+        JITFunction.run = before
+
+
+def _fake(mode: FakeTensorMode, inputs: dict[str, Any]) -> dict[str, Any]:
+    def convert(x: Tensor) -> Tensor:
+        with mode:
+            fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        return fake.requires_grad_(x.requires_grad)
+
+    return tree_map_only(Tensor, convert, inputs)
+
+
+def launches(ops: Iterable[str] = dispatch.OPS) -> list[Launch]:
+    """Every distinct launch of the ops, forward and backward, at their real shapes in every dtype."""
+    found: dict[tuple, Launch] = {}
+    for op in ops:
+        if isinstance(dispatch._find(op, "triton"), str):
+            continue
+        specs = importlib.import_module(f"{kernels.__name__}.ops.{op}.specs")
+        public = getattr(importlib.import_module(f"{kernels.__name__}.ops.{op}.api"), op)
+        for spec in (s for s in (*specs.SPECS, *getattr(specs, "GPU_SPECS", ())) if "tiny" not in s.name):
+            for dtype in DTYPES if "dtype" in spec.inputs.__annotations__ else (torch.int32,):
+                for launch in _launches(op, public, spec, dtype):
+                    found.setdefault(launch.key, launch)
+    return list(found.values())
+
+
+def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype) -> Iterator[Launch]:
+    records: list[tuple] = []
+    floating = "dtype" in spec.inputs.__annotations__
+    mode = FakeTensorMode()
+    inputs = _fake(mode, spec.inputs(dtype=dtype) if floating else spec.inputs())
+    with mode, _ThroughToTriton(), _recorded(records):
+        outputs = public(**inputs, implementation="triton")
+        outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
+        leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
+        if leaves:
+            outputs = [y for y in outputs if y.requires_grad]
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs], allow_unused=True)
+    for kernel, args, kwargs, grid in records:
+        plain = tuple(x.dtype if isinstance(x, Tensor) else x for x in args)
+        keywords = tuple((k, x.dtype if isinstance(x, Tensor) else x) for k, x in sorted(kwargs.items()))
+        label = str(dtype).removeprefix("torch.")
+        grid = grid(dict(kwargs)) if callable(grid) else grid
+        yield Launch(op, spec.name, label, kernel, plain, keywords, tuple(int(n) for n in grid))
+
+
+class _Driver:
+    """Stands in for a GPU of the architecture: Triton compiles for it and launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """Compile one launch and read its machine code."""
+    triton.runtime.driver.set_active(_Driver(arch))
+    args = tuple(map(MockTensor.wrap_dtype, launch.args))
+    kwargs = {name: MockTensor.wrap_dtype(x) for name, x in launch.kwargs}
+    kernel = launch.kernel.run(*args, grid=launch.grid, warmup=True, **kwargs)
+    code = disassemble(kernel.asm["cubin"])
+    # a wait for or a hint about tensor-core work is no product
+    matrix = re.findall(rf"\b{MATRIX_INSTRUCTION[arch]}\b", code.text)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    names = launch.kernel.arg_names
+    bound = dict(zip(names, launch.args, strict=False)) | dict(launch.kwargs)
+    constants = {p.name: bound[p.name] for p in launch.kernel.params if p.is_constexpr and p.name in bound}
+    return Compiled(
+        op=launch.op, kernel=launch.kernel.fn.__name__.lstrip("_"), spec=launch.spec, dtype=launch.dtype,
+        arch=arch, constants=" ".join(f"{name}={_short(value)}" for name, value in constants.items()),
+        programs=torch.Size(launch.grid).numel(), warps=warps, stages=kernel.metadata.num_stages,
+        registers=code.registers, spills=code.spills, shared_bytes=shared, instructions=code.instructions,
+        matrix="tt.dot" in kernel.asm["ttir"], matrix_instructions=len(matrix),
+        occupancy=occupancy(arch, code.registers, warps, shared),
+    )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    spills: int
+    instructions: int
+    text: str
+
+
+def disassemble(cubin: bytes) -> Code:
+    """Registers a thread, local loads and stores (spills), instructions and text of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(_TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        text = _run(_TOOLS / "cuobjdump", "--dump-sass", file.name)
+    instructions = re.findall(
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE
+    )
+    local = sum(op.split(".")[0] in ("STL", "LDL") for op in instructions)
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    padding = sum(op == "NOP" for op in instructions)
+    return Code(registers, max(local, stack), len(instructions) - padding, "\n".join(instructions))
+
+
+def _run(*command: Any) -> str:
+    return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+
+
+def occupancy(arch: int, registers: int, warps: int, shared: int) -> float:
+    """Resident warps over the most that fit: registers come in 256s a warp, a block takes 1 KiB more."""
+    a_warp = -(-registers * 32 // 256) * 256
+    blocks = min(
+        REGISTERS // (a_warp * warps), SHARED_MEMORY[arch] // (shared + 1024), THREADS // (32 * warps), BLOCKS
+    )
+    return blocks * warps * 32 / THREADS
+
+
+def _compile_index(task: tuple[int, int]) -> Compiled:
+    return compile_launch(_pending[task[0]], task[1])
+
+
+_pending: list[Launch] = []
+
+
+def gate(ops: Iterable[str] = dispatch.OPS, architectures: Iterable[int] = ARCHITECTURES) -> list[Compiled]:
+    """Compile every launch of the ops for every architecture, on all cores."""
+    _pending[:] = launches(ops)
+    tasks = [(i, arch) for i in range(len(_pending)) for arch in architectures]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(
+            track(pool.map(_compile_index, tasks), "compiling", len(tasks), console=Console(stderr=True))
+        )
+
+
+def table(rows: list[Compiled]) -> Table:
+    out = Table(
+        "op",
+        "kernel",
+        "dtype",
+        "constants",
+        "sm",
+        "warps",
+        "regs",
+        "spills",
+        "shared",
+        "instr.",
+        "matrix",
+        "occ.",
+    )
+    for row in rows:
+        matrix = str(row.matrix_instructions) if row.matrix else "-"
+        out.add_row(
+            row.op, row.kernel, row.dtype, row.constants, str(row.arch), str(row.warps), str(row.registers),
+            str(row.spills), str(row.shared_bytes), str(row.instructions), matrix, f"{row.occupancy:.0%}",
+            style=None if row.green else "red",
+        )  # fmt: skip
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--op", nargs="*", default=dispatch.OPS, choices=dispatch.OPS)
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    options = parser.parse_args()
+    rows = gate(options.op, options.arch)
+    Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+    if options.out:
+        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    red = [row for row in rows if not row.green]
+    print(f"{len(rows)} compiled, {len(red)} red")
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""What the launchers of the Triton kernels share. Imports triton: only ``triton.py`` modules import this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+#: In the interpreter kernels run on the CPU; it is chosen when triton is imported (``TRITON_INTERPRET``).
+INTERPRETED: bool = knobs.runtime.interpret
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def unsupported(function: str, *args: Any) -> str | None:
+    """Why these arguments go to the reference."""
+    dtypes = {x.dtype for x in args if isinstance(x, Tensor)}
+    if torch.float64 in dtypes:
+        return "the kernels compute in float32, got float64"
+    if INTERPRETED and torch.bfloat16 in dtypes:
+        return "the interpreter's bfloat16 is wrong"
+    return None
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many programs run at a time, at least: what the grid of a kernel that loops is made of."""
+    if x.device.type == "cuda":
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 4
