@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 OPS = (
@@ -59,13 +61,17 @@ def _find(op: str, name: str) -> ModuleType | str:
         return str(error)
 
 
-def _reject(op: str, name: str, device: str, function: str, args: tuple) -> ModuleType | str:
+def _on(op: str, name: str, device: str) -> ModuleType | str:
+    """The implementation's module, or the reason why it does not run on the device."""
     module = _find(op, name)
-    if isinstance(module, str):
-        return module
     devices = getattr(module, "DEVICES", None)
     if devices is not None and device not in devices:
         return f"it runs on {' and '.join(devices)}, the tensors are on {device}"
+    return module
+
+
+def _reject(op: str, name: str, device: str, function: str, args: tuple) -> ModuleType | str:
+    module = _on(op, name, device)
     unsupported = getattr(module, "unsupported", None)
     return (unsupported(function, *args) if unsupported else None) or module
 
@@ -122,15 +128,21 @@ def use_implementation(implementation: str | None = None, **by_op: str) -> Itera
         _forced.update(before)
 
 
+def implementations(op: str) -> list[str]:
+    """The names of the op's implementations: the modules in its folder."""
+    folder = Path(__file__).parent / "ops" / op
+    names = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    return sorted(name for name in names if name not in ("api", "specs") and not name.startswith("_"))
+
+
 def table(device: str) -> list[tuple[str, str, str]]:
-    """``(op, chosen implementation, why not the preferred one)`` of each op; ``mage-fast env`` prints it."""
+    """``(op, what "auto" runs, why not each of the others)``; ``mage-fast env`` prints it."""
     rows = []
     for op in OPS:
-        reasons: list[str] = []
-        for name in PREFERENCE.get(device, ("reference",)):
-            found = _find(op, name)
-            if not isinstance(found, str):
-                rows.append((op, name, "; ".join(reasons)))
-                break
-            reasons.append(f"{name}: {found}")
+        reasons = {name: _on(op, name, device) for name in implementations(op)}
+        usable = [name for name, reason in reasons.items() if not isinstance(reason, str)]
+        chosen = next(name for name in (*PREFERENCE.get(device, ()), "reference") if name in usable)
+        others = [f"{name}: {reason}" for name, reason in reasons.items() if isinstance(reason, str)]
+        by_name = [name for name in usable if name not in (chosen, "reference")]
+        rows.append((op, chosen, "; ".join(others + [f"{name}: by name" for name in by_name])))
     return rows

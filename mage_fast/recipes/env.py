@@ -42,7 +42,7 @@ def run(config: EnvConfig) -> dict[str, str]:
     console.print(_table("Installed", ("what", "version"), list(versions.items())))
     for device in devices:
         rows = dispatch.table(device)
-        console.print(_table(f"Implementations on {device}", ("op", "runs", "why not another"), rows))
+        console.print(_table(f"Implementations on {device}", ("op", "runs", "others"), rows))
     return versions
 
 

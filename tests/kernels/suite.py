@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,10 +54,8 @@ class Target:
 
 def targets(op: str) -> list:
     """A pytest parameter for each implementation in the op's folder and each device that it runs on."""
-    package = importlib.import_module(f"mage_fast.kernels.ops.{op}")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
     found = []
-    for name in sorted(set(names) - {"api", "specs"}):
+    for name in dispatch.implementations(op):
         module = dispatch._find(op, name)
         for device in ("cpu", "cuda"):
             if device not in (getattr(module, "DEVICES", None) or ("cpu", "cuda")):

@@ -145,11 +145,10 @@ def test_table_names_the_choice_and_the_reasons_against_others(device: str) -> N
     rows = dispatch.table(device)
     assert [op for op, _, _ in rows] == list(dispatch.OPS)
     for op, chosen, reasons in rows:
-        preference = dispatch.PREFERENCE.get(device, ("reference",))
-        refused = preference[: preference.index(chosen)]
-        assert [reason.split(":")[0] for reason in reasons.split("; ") if reason] == list(refused)
-        for name in refused:
-            assert str(dispatch._find(op, name)) in reasons
+        told = dict(reason.split(": ", 1) for reason in reasons.split("; ") if reason)
+        assert told.keys() == set(dispatch.implementations(op)) - {chosen, "reference"}
+        for name, reason in told.items():
+            assert (reason == "by name") == (not isinstance(dispatch._on(op, name, device), str))
 
 
 def test_table_agrees_with_what_runs() -> None:
