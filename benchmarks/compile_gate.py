@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import multiprocessing
 import re
@@ -158,17 +159,24 @@ def launches(ops: Iterable[str] = dispatch.OPS) -> list[Launch]:
         specs = importlib.import_module(f"{kernels.__name__}.ops.{op}.specs")
         public = getattr(importlib.import_module(f"{kernels.__name__}.ops.{op}.api"), op)
         for spec in (s for s in (*specs.SPECS, *getattr(specs, "GPU_SPECS", ())) if "tiny" not in s.name):
-            for dtype in DTYPES if "dtype" in spec.inputs.__annotations__ else (torch.int32,):
+            for dtype in _dtypes(spec):
                 for launch in _launches(op, public, spec, dtype):
                     found.setdefault(launch.key, launch)
     return list(found.values())
 
 
-def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype) -> Iterator[Launch]:
+def _dtypes(spec: Any) -> tuple[torch.dtype | None, ...]:
+    """The dtypes that a spec's inputs come in; None where they have no choice."""
+    parameter = inspect.signature(spec.inputs).parameters.get("dtype")
+    if parameter is None:
+        return (None,)
+    return DTYPES if parameter.default.is_floating_point else (parameter.default,)
+
+
+def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype | None) -> Iterator[Launch]:
     records: list[tuple] = []
-    floating = "dtype" in spec.inputs.__annotations__
     mode = FakeTensorMode()
-    inputs = _fake(mode, spec.inputs(dtype=dtype) if floating else spec.inputs())
+    inputs = _fake(mode, spec.inputs() if dtype is None else spec.inputs(dtype=dtype))
     with mode, _ThroughToTriton(), _recorded(records):
         outputs = public(**inputs, implementation="triton")
         outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
@@ -179,7 +187,7 @@ def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype) -> Iterator[L
     for kernel, args, kwargs, grid in records:
         plain = tuple(x.dtype if isinstance(x, Tensor) else x for x in args)
         keywords = tuple((k, x.dtype if isinstance(x, Tensor) else x) for k, x in sorted(kwargs.items()))
-        label = str(dtype).removeprefix("torch.")
+        label = "-" if dtype is None else str(dtype).removeprefix("torch.")
         grid = grid(dict(kwargs)) if callable(grid) else grid
         yield Launch(op, spec.name, label, kernel, plain, keywords, tuple(int(n) for n in grid))
 
