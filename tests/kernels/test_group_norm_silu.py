@@ -44,11 +44,11 @@ class TestGroupNormSilu(OpSuite):
     }
 
     def check(self, function: Callable, inputs: dict, layout: Callable = lambda x: x) -> None:
-        """The suite's rule, in float32 with 4 units in the last place: the statistics of a group are sums of
-        many thousand elements, which torch adds in a cascade on the CPU and the interpreter one by one.
+        """The suite's rule, in float32 with 8 units in the last place: the sums over pixels are of
+        thousands of elements, which torch adds in a cascade on the CPU and the interpreter one by one.
         """
         dtype = inputs["x_NCHW"].dtype
-        tolerance = TOLERANCE[dtype] * (4 if dtype == torch.float32 else 1)
+        tolerance = TOLERANCE[dtype] * (8 if dtype == torch.float32 else 1)
         actual = differentiate(function, inputs, layout)
         plain = differentiate(self.oracle, cast(inputs, dtype), layout)
         wanted = differentiate(self.oracle, cast(inputs, torch.float64), layout)
