@@ -4,16 +4,18 @@ The launchers run on fake tensors (so a launcher that reads a value, that is wai
 and their launches are recorded and compiled for each architecture. From the machine code come registers,
 spills, shared memory and the count of tensor-core instructions.
 
-    python -m benchmarks.compile_gate [--arch 80 90 100] [--op attention] [--out FILE]
+    python -m benchmarks.compile_gate [--arch 80 90 100] [--op attention] [--out FILE] [--markdown FILE]
 
-The gate is red, and the exit status 1, if a kernel spills, or if a kernel with a matrix product holds no
-HGMMA instruction on sm_90 (HMMA on sm_80, UTCHMMA on sm_100).
+The gate is red, and the exit status 1, if a kernel spills, if not one of its programs fits on a
+multiprocessor, or if a kernel with a matrix product holds no HGMMA instruction on sm_90 (HMMA on sm_80,
+UTCHMMA on sm_100).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import multiprocessing
 import re
@@ -98,7 +100,8 @@ class Compiled:
 
     @property
     def green(self) -> bool:
-        return self.spills == 0 and (self.matrix_instructions > 0 or not self.matrix)
+        tensor_cores = self.matrix_instructions > 0 or not self.matrix
+        return self.spills == 0 and self.occupancy > 0 and tensor_cores
 
 
 def _specialization(value: Any) -> Any:
@@ -158,17 +161,24 @@ def launches(ops: Iterable[str] = dispatch.OPS) -> list[Launch]:
         specs = importlib.import_module(f"{kernels.__name__}.ops.{op}.specs")
         public = getattr(importlib.import_module(f"{kernels.__name__}.ops.{op}.api"), op)
         for spec in (s for s in (*specs.SPECS, *getattr(specs, "GPU_SPECS", ())) if "tiny" not in s.name):
-            for dtype in DTYPES if "dtype" in spec.inputs.__annotations__ else (torch.int32,):
+            for dtype in _dtypes(spec):
                 for launch in _launches(op, public, spec, dtype):
                     found.setdefault(launch.key, launch)
     return list(found.values())
 
 
-def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype) -> Iterator[Launch]:
+def _dtypes(spec: Any) -> tuple[torch.dtype | None, ...]:
+    """The dtypes that a spec's inputs come in; None where they have no choice."""
+    parameter = inspect.signature(spec.inputs).parameters.get("dtype")
+    if parameter is None:
+        return (None,)
+    return DTYPES if parameter.default.is_floating_point else (parameter.default,)
+
+
+def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype | None) -> Iterator[Launch]:
     records: list[tuple] = []
-    floating = "dtype" in spec.inputs.__annotations__
     mode = FakeTensorMode()
-    inputs = _fake(mode, spec.inputs(dtype=dtype) if floating else spec.inputs())
+    inputs = _fake(mode, spec.inputs() if dtype is None else spec.inputs(dtype=dtype))
     with mode, _ThroughToTriton(), _recorded(records):
         outputs = public(**inputs, implementation="triton")
         outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
@@ -179,7 +189,7 @@ def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype) -> Iterator[L
     for kernel, args, kwargs, grid in records:
         plain = tuple(x.dtype if isinstance(x, Tensor) else x for x in args)
         keywords = tuple((k, x.dtype if isinstance(x, Tensor) else x) for k, x in sorted(kwargs.items()))
-        label = str(dtype).removeprefix("torch.")
+        label = "-" if dtype is None else str(dtype).removeprefix("torch.")
         grid = grid(dict(kwargs)) if callable(grid) else grid
         yield Launch(op, spec.name, label, kernel, plain, keywords, tuple(int(n) for n in grid))
 
@@ -257,7 +267,10 @@ def _run(*command: Any) -> str:
 
 
 def occupancy(arch: int, registers: int, warps: int, shared: int) -> float:
-    """Resident warps over the most that fit: registers come in 256s a warp, a block takes 1 KiB more."""
+    """Resident warps over the most that fit: registers come in 256s a warp, a block takes 1 KiB more.
+
+    0 if not even one block fits.
+    """
     a_warp = -(-registers * 32 // 256) * 256
     blocks = min(
         REGISTERS // (a_warp * warps), SHARED_MEMORY[arch] // (shared + 1024), THREADS // (32 * warps), BLOCKS
@@ -297,14 +310,66 @@ def table(rows: list[Compiled]) -> Table:
         "matrix",
         "occ.",
     )
+    cells = {}  # rows that differ in nothing that is shown are shown once
     for row in rows:
         matrix = str(row.matrix_instructions) if row.matrix else "-"
-        out.add_row(
+        cells[
             row.op, row.kernel, row.dtype, row.constants, str(row.arch), str(row.warps), str(row.registers),
             str(row.spills), str(row.shared_bytes), str(row.instructions), matrix, f"{row.occupancy:.0%}",
-            style=None if row.green else "red",
-        )  # fmt: skip
+        ] = row.green  # fmt: skip
+    for texts, green in cells.items():
+        out.add_row(*texts, style=None if green else "red")
     return out
+
+
+_BEGIN, _END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
+
+
+def markdown(rows: list[Compiled], arch: int = 90) -> str:
+    """The kernels on one architecture in bfloat16 (or their only dtype): a row a kernel and tile, at the
+    shape of the most programs. What the other dtypes and architectures give stands below in one line each.
+    """
+    tiles: dict[tuple, Compiled] = {}
+    for row in rows:
+        key = (row.op, row.kernel, row.constants)
+        if row.arch == arch and row.dtype not in ("float16", "float32"):
+            tiles[key] = max(tiles.get(key, row), row, key=lambda r: r.programs)
+    head = (
+        "op", "kernel", "tile", "warps", "registers", "spills", "shared bytes", "instructions",
+        MATRIX_INSTRUCTION[arch], "occupancy",
+    )  # fmt: skip
+    lines = [f"sm_{arch}:", "", _cells(head), _cells(["---"] * 3 + ["---:"] * 7)]
+    for row in tiles.values():
+        numbers = (row.warps, row.registers, row.spills, row.shared_bytes, row.instructions)
+        matrix = row.matrix_instructions if row.matrix else ""
+        lines.append(_cells((row.op, row.kernel, row.constants, *numbers, matrix, f"{row.occupancy:.0%}")))
+    lines.append("")
+    groups: dict[tuple[int, str], list[Compiled]] = {}
+    for row in rows:
+        groups.setdefault((row.arch, row.dtype), []).append(row)
+    for (number, dtype), group in sorted(groups.items()):
+        most, red = max(row.registers for row in group), sum(not row.green for row in group)
+        lines.append(
+            f"- sm_{number}, {dtype}: {len(group)} compiled, {red} red, at most {most} registers a thread"
+        )
+    return "\n".join(lines)
+
+
+def _cells(values: Iterable[Any]) -> str:
+    return "| " + " | ".join(str(value) for value in values) + " |"
+
+
+def write_markdown(file: Path, text: str) -> None:
+    """Replace what stands between the markers.
+
+    Raises:
+        ValueError: a file without the markers.
+    """
+    before, begin, rest = file.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{file} has no lines {_BEGIN} and {_END}")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> int:
@@ -314,11 +379,14 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--op", nargs="*", default=dispatch.OPS, choices=dispatch.OPS)
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    parser.add_argument("--markdown", type=Path, help="also write the table between the file's markers")
     options = parser.parse_args()
     rows = gate(options.op, options.arch)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
     if options.out:
         options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if options.markdown:
+        write_markdown(options.markdown, markdown(rows))
     red = [row for row in rows if not row.green]
     print(f"{len(rows)} compiled, {len(red)} red")
     return 1 if red else 0

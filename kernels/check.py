@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -60,17 +63,46 @@ def dropout(op: str, p: float, rng_state: Tensor | None) -> None:
         state(op, rng_state)
 
 
+#: Devices whose values the host reads without a wait.
+_FREE = ("cpu",)
+_device_values = False
+
+
+@contextmanager
+def device_values() -> Iterator[None]:
+    """Debug mode, process-wide: inside the block the ops check the values of tensors on a GPU too.
+
+    Ids outside the vocabulary, targets beyond the classes, sequences and counts that do not fit: on the CPU
+    they always raise, on a GPU they give wrong numbers, as a look at them would make the host wait at every
+    call. Inside this block it does wait, and they raise there too. Calls under ``torch.compile`` or during
+    the capture of a CUDA graph are never looked into.
+
+    >>> with mage_fast.device_values():
+    ...     model(images)
+    """
+    global _device_values
+    before, _device_values = _device_values, True
+    try:
+        yield
+    finally:
+        _device_values = before
+
+
 def readable(x: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation: an ordinary CPU tensor, outside tracing."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-    )
+    """Whether values may be looked at: an ordinary tensor, outside tracing, and either looking costs no
+    synchronisation or :func:`device_values` asks for it.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    device = x.device.type
+    if device in _FREE:
+        return True
+    capturing = device == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _device_values and device != "meta" and not capturing
 
 
 def values(op: str, name: str, x: Tensor, low: int, high: int) -> None:
-    """Integers in [low, high), where that can be read without a synchronisation."""
+    """Integers in [low, high), where the values are :func:`readable`."""
     if readable(x) and x.numel():
         smallest, largest = (int(v) for v in torch.aminmax(x))
         if smallest < low or largest >= high:

@@ -15,7 +15,9 @@ import triton.language as tl
 def philox_blocks(state, stream, low, high):
     """The four words, uint32, of the blocks with counters ``(low, high, stream, step)``."""
     seed, step = tl.load(state), tl.load(state + 1)
-    return tl.philox(seed, low.to(tl.uint32), high.to(tl.uint32), stream.to(tl.uint32), step.to(tl.uint32))
+    # a stream of 1 is a constant to the compiler, without the methods of a tensor
+    stream = tl.full([], stream, tl.uint32)
+    return tl.philox(seed, low.to(tl.uint32), high.to(tl.uint32), stream, step.to(tl.uint32))
 
 
 @triton.jit

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mage_fast import ops
     from mage_fast.config import MAGEConfig, TokenizerConfig
     from mage_fast.errors import CheckpointError, InputError
+    from mage_fast.kernels.check import device_values
     from mage_fast.kernels.dispatch import Unsupported, use_implementation
     from mage_fast.model import MAGE, MAGEOutput
     from mage_fast.sampler import SamplerConfig, generate, generate_ids
@@ -34,6 +35,7 @@ __all__ = [
     "TokenizerConfig",
     "Unsupported",
     "__version__",
+    "device_values",
     "generate",
     "generate_ids",
     "ops",
@@ -51,6 +53,7 @@ _HOME = {
     "TokenizerConfig": "config",
     "Unsupported": "kernels.dispatch",
     "VQGAN": "tokenizer",
+    "device_values": "kernels.check",
     "generate": "sampler",
     "generate_ids": "sampler",
     "use_implementation": "kernels.dispatch",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mage_fast.kernels.ops.group_norm_silu.specs import Spec
-from tests.kernels.suite import OpSuite, Target, assert_as_good, differentiate, few
+from tests.kernels.suite import TOLERANCE, OpSuite, Target, assert_as_good, cast, differentiate, few
 
 
 def oracle(
@@ -40,6 +42,17 @@ class TestGroupNormSilu(OpSuite):
         "bias's dtype": ({"bias_C": torch.ones(6).double()}, "bias is float64, wanted float32"),
         "device": ({"weight_C": torch.ones(6, device="meta")}, "weight is on meta, wanted cpu"),
     }
+
+    def check(self, function: Callable, inputs: dict, layout: Callable = lambda x: x) -> None:
+        """The suite's rule, in float32 with 8 units in the last place: the sums over pixels are of
+        thousands of elements, which torch adds in a cascade on the CPU and the interpreter one by one.
+        """
+        dtype = inputs["x_NCHW"].dtype
+        tolerance = TOLERANCE[dtype] * (8 if dtype == torch.float32 else 1)
+        actual = differentiate(function, inputs, layout)
+        plain = differentiate(self.oracle, cast(inputs, dtype), layout)
+        wanted = differentiate(self.oracle, cast(inputs, torch.float64), layout)
+        assert_as_good(actual, plain, wanted, tolerance, self.floor)
 
     @few
     @given(
@@ -104,3 +117,19 @@ class TestGroupNormSilu(OpSuite):
         inputs = Spec("offset", 2, 8, 8, 4).inputs(torch.float32, target.device)
         inputs["x_NCHW"] = (inputs["x_NCHW"].detach() + 300).requires_grad_()
         self.check(self.function(target), inputs)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_addresses_are_wide(channels_last: bool) -> None:
+    """Maps of more than 2**31 elements: images far apart, and a pixel far into one."""
+    pytest.importorskip("triton")
+    from tests.kernels.toy_kernels import corners
+
+    pixels, channels = 2**21 + 3, 2**11
+    strides = (channels, 1) if channels_last else (1, pixels)
+    out = torch.empty(3, 2, dtype=torch.int64, device="cuda" if torch.cuda.is_available() else "cpu")
+    corners[1, 2, 3](out, pixels - 1, pixels, channels, *strides)
+    image, block = torch.arange(3)[:, None], torch.arange(2)[None, :]
+    wanted = image * pixels * channels + (pixels - 1) * strides[0] + block * 8 * strides[1]
+    assert out.tolist() == wanted.tolist()
+    assert out.max() > 2**32

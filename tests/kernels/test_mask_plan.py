@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mage_fast.kernels import rng
+from mage_fast.kernels import dispatch, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, mask_plan, plan_of_mask
-from tests.kernels.suite import ExactOpSuite, Target
+from mage_fast.kernels.ops.mask_plan.specs import Spec
+from tests.kernels.suite import ExactOpSuite, Target, assert_equal
 
 
 def oracle(
@@ -80,6 +81,53 @@ class TestMaskPlan(ExactOpSuite):
         inputs["total_masked"] += 3
         self.check(self.function(target), inputs)
         assert self.function(target)(**inputs).masked_index_N[-3:].tolist() == [-1] * 3
+
+    def test_offsets_add_up_over_blocks_of_samples(
+        self, target: Target, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if target.implementation == "triton":
+            monkeypatch.setattr(dispatch._find("mask_plan", "triton"), "_SAMPLES", 4)
+        inputs = Spec("drawn", 13, 5, (0, 5), (0, 5)).inputs(device=target.device)
+        inputs["total_masked"] += 100
+        self.check(self.function(target), inputs)
+
+    @pytest.mark.parametrize("counts", [(9, 3), (3, 0), (0, -2)])
+    def test_wrong_counts_write_nothing_outside(self, target: Target, counts: tuple[int, int]) -> None:
+        """On a GPU nobody looks at the counts: they are cut to the length and the totals hold."""
+        masked, dropped = (torch.tensor([count] * 3, device=target.device) for count in counts)
+        args = (rng.new_state(0, device=target.device), masked, dropped, 7, 10, 20, 0)
+        wanted = torch.ops.mage_fast.mask_plan(*args, "reference")
+        got = torch.ops.mage_fast.mask_plan(*args, target.implementation)
+        assert_equal(dict(enumerate(got)), dict(enumerate(wanted)))
+
+    def test_equal_words_are_ordered_by_position(
+        self, target: Target, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Words of two bits: most tokens are tied."""
+        words = rng.words
+        monkeypatch.setattr(rng, "words", lambda *args: words(*args) & 3)
+        if target.interpreted:
+            module = dispatch._find("mask_plan", "triton")
+            blocks = module.philox_blocks
+            monkeypatch.setattr(module, "philox_blocks", lambda *args: tuple(w & 3 for w in blocks(*args)))
+        elif target.implementation != "reference":
+            pytest.skip("the kernel's words cannot be replaced")
+        inputs = Spec("drawn", 4, 29, (5, 25), (2, 20)).inputs(device=target.device)
+        wanted = oracle(**inputs)
+        got = self.function(target)(**inputs)
+        assert_equal(dict(enumerate(got[:5])), dict(enumerate(wanted)))
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"), [(4096, None), (4097, "a program holds up to 4096 tokens of a sample, got 4097")]
+)
+def test_longer_samples_go_to_the_reference(length: int, reason: str | None) -> None:
+    module = dispatch._find("mask_plan", "triton")
+    if isinstance(module, str):
+        pytest.skip(module)
+    counts = torch.tensor([1])
+    state = rng.new_state(0)
+    assert module.unsupported("mask_plan", state, counts, counts, length, 1, length, 0) == reason
 
 
 def draw(masked: list[int], dropped: list[int], length: int, seed: int = 0, step: int = 0) -> MaskPlan:

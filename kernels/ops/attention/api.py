@@ -48,8 +48,9 @@ def attention(
         ``[T, H, D]`` in the input's dtype; softmax and sums accumulate in float32 (float64 for float64).
 
     Raises:
-        ValueError: another shape, D not a multiple of 8 or over 256, or (read on the CPU only) cu_seqlens
-            that do not rise from 0 to T or a sequence longer than ``max_seqlen``.
+        ValueError: another shape, D not a multiple of 8 or over 256, or (read on the CPU or in
+            ``device_values``) cu_seqlens that do not rise from 0 to T or a sequence longer than
+            ``max_seqlen``.
         Unsupported: the forced implementation cannot run here.
 
     Source: transformer blocks of MAGE section 3.1; dropout as the published release trains.

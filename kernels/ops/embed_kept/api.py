@@ -60,7 +60,8 @@ def embed_kept(
         Packed rows. Sum and statistics accumulate in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that disagree; an id outside the vocabulary (read on the CPU only).
+        ValueError: shapes that disagree; an id outside the vocabulary (read on the CPU or in
+            ``device_values``).
         Unsupported: the forced implementation cannot run here.
 
     Source: MAGE section 3.1, tokenization and masking.

@@ -35,10 +35,23 @@ class Spec:
 SPECS = (
     Spec("tiny", 2, 6, 3, num_groups=3),
     Spec("tiny_contiguous", 2, 8, 5, num_groups=4, channels_last=False),
+    # whole tiles and a part of one; groups of 5 channels; both formats
+    Spec("small", 1, 128, 12),
+    Spec("small_three_channel_blocks", 1, 320, 5, num_groups=64),
+    Spec("small_contiguous", 1, 20, 72, num_groups=4, channels_last=False),
     # one for each resolution of the encoder, widths 128 * (1, 1, 2, 2, 4)
     Spec("level0_batch1", 1, 128, 256),
     Spec("level1_batch1", 1, 128, 128),
     Spec("level2_batch1", 1, 256, 64),
     Spec("level3_batch1", 1, 256, 32),
     Spec("level4_batch1", 1, 512, 16),
+)
+GPU_SPECS = (
+    Spec("level0_batch8", 8, 128, 256),
+    Spec("level1_batch32", 32, 128, 128),
+    Spec("level2_batch32", 32, 256, 64),
+    Spec("level3_batch32", 32, 256, 32),
+    Spec("level4_batch32", 32, 512, 16),
+    Spec("level2_batch32_contiguous", 32, 256, 64, channels_last=False),
+    Spec("level4_batch32_contiguous", 32, 512, 16, channels_last=False),
 )

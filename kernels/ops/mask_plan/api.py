@@ -69,7 +69,8 @@ def mask_plan(
         A :class:`MaskPlan`, int32 indices. Counts are exact: ties of the random words are broken by position.
 
     Raises:
-        ValueError: counts of another shape, or (read on the CPU only) out of range or not the totals given.
+        ValueError: counts of another shape, or (read on the CPU or in ``device_values``) out of range or not
+            the totals given.
         Unsupported: the forced implementation cannot run here.
 
     Source: MAGE section 3.1, "Pre-training"; masking of spec "Masking (per training step)".

@@ -38,7 +38,15 @@ class Spec:
 SPECS = (
     Spec("tiny", 3, 7, (4, 7), (3, 4)),
     Spec("tiny_nothing_masked", 2, 5, (0, 0), (0, 0)),
+    Spec("small_paper", 2, 256, (178, 178), (128, 128)),
+    Spec("small_odd_length", 3, 37, (0, 37), (0, 37)),
+    Spec("small_long", 1, 4096, (2867, 2867), (2048, 2048)),
     Spec("paper_batch4", 4, 256, (178, 178), (128, 128)),
     Spec("unmasked_batch4", 4, 256, (128, 256), (128, 256)),
     Spec("paper_batch128", 128, 256, (178, 178), (128, 128)),
+)
+GPU_SPECS = (
+    Spec("paper_batch1024", 1024, 256, (128, 256), (128, 128)),
+    Spec("unmasked_batch128", 128, 256, (128, 256), (128, 256)),
+    Spec("length4096_batch128", 128, 4096, (2048, 4096), (2048, 2048)),
 )

@@ -39,7 +39,7 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: shapes that disagree, no class, a dtype of the wrong kind, ``label_smoothing`` outside
-            [0, 1], a target outside [-1, C) (looked for on the CPU only).
+            [0, 1], a target outside [-1, C) (read on the CPU or in ``device_values``).
         Unsupported: the forced implementation cannot run here.
 
     Source: MAGE paper, equation 1; label smoothing 0.1 as in the published recipe.

@@ -15,16 +15,32 @@ class Spec:
     rows: int
     codes: int
     channels: int
+    #: The codebook is a float32 parameter and the features are autocast.
+    wide_codebook: bool = False
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.rows, self.channels, generator=generator)
         codebook = torch.randn(self.codes, self.channels, generator=generator)
-        return {"x_ND": x.to(device, dtype), "codebook_KD": codebook.to(device, dtype)}
+        return {
+            "x_ND": x.to(device, dtype),
+            "codebook_KD": codebook.to(
+                device, torch.promote_types(dtype, torch.float32) if self.wide_codebook else dtype
+            ),
+        }
 
 
 SPECS = (
     Spec("tiny", 7, 5, 6),
+    # several blocks of everything, none of them whole
+    Spec("small", 150, 300, 72),
+    Spec("small_many_channels", 70, 130, 300),
     Spec("batch4", 4 * 256, 1024, 256),
     Spec("batch32", 32 * 256, 1024, 256),
+)
+GPU_SPECS = (
+    Spec("batch128", 128 * 256, 1024, 256),
+    Spec("batch128_codes16384", 128 * 256, 16384, 256),
+    Spec("batch128_autocast", 128 * 256, 1024, 256, wide_codebook=True),
+    Spec("batch128_channels512", 128 * 256, 1024, 512),
 )

@@ -45,8 +45,8 @@ def pad_decoder(
         backward accumulates in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that disagree, a dtype of the wrong kind, a row outside ``encoded_TD`` (looked
-            for on the CPU only).
+        ValueError: shapes that disagree, a dtype of the wrong kind, a row outside ``encoded_TD`` (read
+            on the CPU or in ``device_values``).
         Unsupported: the forced implementation cannot run here.
 
     Source: MAGE paper section 3.1, encoder-decoder design (padding with the class token feature), and its

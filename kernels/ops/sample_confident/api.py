@@ -63,7 +63,8 @@ def sample_confident(
 
     Raises:
         ValueError: shapes that disagree; temperature or choice_temperature out of range; top_k over C;
-            top_p outside (0, 1]; (read on the CPU only) an id neither in the codebook nor [M].
+            top_p outside (0, 1]; (read on the CPU or in ``device_values``) an id neither in the
+            codebook nor [M].
         Unsupported: the forced implementation cannot run here.
 
     Source: MAGE section 3.2 (iterative decoding), after MaskGIT.
