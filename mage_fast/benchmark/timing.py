@@ -81,7 +81,7 @@ def _on_cuda(runs: Mapping[str, Run], seconds: float, graphed: Iterable[str]) ->
     errors = dict.fromkeys(runs, "")
     for name in graphed:
         try:
-            timed[name, True] = _captured(runs[name]).replay
+            timed[name, True] = captured(runs[name]).replay
         except RuntimeError as error:  # as of an op that waits for the device
             errors[name] = str(error).splitlines()[0]
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
@@ -131,7 +131,12 @@ def _peak_mib(run: Run) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _captured(run: Run) -> torch.cuda.CUDAGraph:
+def captured(run: Run) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of the work of one call.
+
+    Raises:
+        RuntimeError: the work cannot be captured, for instance as it waits for the device.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # as capture asks: first calls elsewhere, so that nothing is set up in it

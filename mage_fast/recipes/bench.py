@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from mage_fast.benchmark import cases, limits, measure, plots, records, tables
+from mage_fast.benchmark import cases, records, tables
+from mage_fast.benchmark.session import Session
 from mage_fast.errors import InputError
 from mage_fast.kernels import dispatch
 from mage_fast.kernels.roofline import DEVICES
-from mage_fast.training.logs import progress
 from mage_fast.training.run import pick_device
 
 
@@ -23,6 +23,8 @@ class BenchConfig:
     suite: Literal["kernels"] = "kernels"
     #: Only these ops; all of them without.
     op: tuple[str, ...] = ()
+    #: Only the shapes of these names, as ``specs.py`` of the ops has them.
+    spec: tuple[str, ...] = ()
     device: str = "auto"
     #: Record file, to which measurements are added; out/bench/<device>.json without. Plots go beside it.
     out: Path | None = None
@@ -40,7 +42,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     """Print the tables, write the records after each case, draw the plots; returns counts and paths.
 
     Raises:
-        InputError: an unknown op, a time that is not positive, a record file that is none.
+        InputError: an unknown op or spec, a time that is not positive, a record file that is none.
     """
     unknown = sorted(set(config.op) - set(dispatch.OPS))
     if unknown:
@@ -48,38 +50,26 @@ def run(config: BenchConfig) -> dict[str, Any]:
     if not config.seconds > 0:
         raise InputError(f"bench: seconds is {config.seconds}, wanted more than 0")
     ops = config.op or dispatch.OPS
-    console = Console(width=None if Console().is_terminal else 160)
+    console = table_console()
     if config.roofline is not None:
         console.print(tables.paper(DEVICES[config.roofline], ops))
         return {}
     device = pick_device(config.device).type
     if device not in cases.DTYPE:
         raise InputError(f"bench: device is {device!r}, wanted one of {', '.join(cases.DTYPE)}")
+    known = {case.spec.name for case in cases.cases(ops, device, smoke=config.smoke)}
+    if missing := sorted(set(config.spec) - known):
+        raise InputError(f"bench: no spec named {missing[0]!r}; there are {', '.join(sorted(known))}")
     out = config.out or Path("out/bench") / f"{records.slug(device)}.json"
-    records.update(out, [])  # a file that cannot be written is found now
-    return _measure(config, ops, device, out, console)
+    session = Session(ops, device, out, config.seconds, config.spec, config.compile, config.smoke)
+    result = session.run(console)
+    pictures = [str(path) for path in session.plot()]
+    for path in (str(out), *pictures):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return result | {"plots": pictures}
 
 
-def _measure(
-    config: BenchConfig, ops: tuple[str, ...], device: str, out: Path, console: Console
-) -> dict[str, Any]:
-    measured = limits.measure(device, config.seconds, smoke=config.smoke)
-    kept = records.update(out, records.complete(measured, device))
-    ceiling = limits.as_device(measured)
-    assert ceiling is not None
-    rows: list[measure.Row] = []
-    for case in progress(cases.cases(ops, device, smoke=config.smoke), "bench"):
-        new = measure.measure(case, ceiling, config.seconds, compiled=config.compile)
-        rows += new
-        written = [row.record() for row in new if row.correct is not None]
-        kept = records.update(out, records.complete(written, device))
-    name = records.device_name(device)
-    console.print(tables.limits(ceiling, f"Measured limits of {name}"))
-    console.print(tables.measured(rows, f"Kernels on {name}"))
-    for remark in tables.remarks(rows):
-        console.print(remark, markup=False, highlight=False)
-    pictures = plots.draw([r for r in kept if r["device"] == name], out)
-    console.print(f"records: {out}", *(f"plot: {path}" for path in pictures), sep="\n", highlight=False)
-    wrong = sum(row.correct is False for row in rows)
-    timed = sum(row.timing is not None for row in rows)
-    return {"timed": timed, "incorrect": wrong, "out": str(out), "plots": [str(p) for p in pictures]}
+def table_console() -> Console:
+    """Standard output; wide enough for the tables where it is a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
