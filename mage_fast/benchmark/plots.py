@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ def _ratios(records: list[dict[str, Any]], path: Path) -> Path:
     colours = _colours(records)
     for name, colour in colours.items():
         mine = [(i, r["ratio"]) for i, r in enumerate(records) if r["implementation"] == name]
-        axes.barh([i for i, _ in mine], [ratio for _, ratio in mine], color=colour, label=name)
-    axes.set_yticks(range(len(records)), [r["name"] for r in records], fontsize=6)
+        # from 1 on: a longer bar is a larger change, either way
+        axes.barh([i for i, _ in mine], [ratio - 1 for _, ratio in mine], left=1, color=colour, label=name)
+    names = [r["name"] for r in records]
+    first = ["" if name == before else name for before, name in pairwise(["", *names])]
+    axes.set_yticks(range(len(records)), first, fontsize=6)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="times as fast as the baseline", title=f"Ratios on {records[0]['device']}")
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which("{x:g}")
+    axes.tick_params(which="both", labelsize=7)
     axes.margins(y=0.01)
     axes.legend(fontsize=7)
     return _save(figure, path)
@@ -71,7 +78,7 @@ def _roofline(records: list[dict[str, Any]], limits: Device, path: Path) -> Path
     for name, peak in peaks.items():
         ridge = max(left, peak / limits.bandwidth_bytes_s)
         axes.plot([ridge, right], [peak, peak], color="black", linewidth=0.8)
-        axes.text(right, peak, f" {name}", fontsize=7, va="center")
+        axes.text(right, peak, name, fontsize=7, ha="right", va="bottom")
     top = max(peaks.values())
     slope = [left * limits.bandwidth_bytes_s, top]
     axes.plot([left, top / limits.bandwidth_bytes_s], slope, color="black", linewidth=0.8)
