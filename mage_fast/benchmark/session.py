@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -39,7 +40,11 @@ class Session:
         assert ceiling is not None
         rows: list[measure.Row] = []
         for case in track(self.cases(), "bench", console=Console(stderr=True)):
-            new = measure.measure(case, ceiling, self.seconds, compiled=self.compiled)
+            try:
+                new = measure.measure(case, ceiling, self.seconds, compiled=self.compiled)
+            except torch.OutOfMemoryError as error:  # the gate's float64 needs the most
+                console.print(f"not measured: {case.name}: {str(error).splitlines()[0]}", markup=False)
+                continue
             rows += new
             written = [row.record() for row in new if row.correct is not None]
             records.update(self.out, records.complete(written, self.device))
