@@ -146,6 +146,26 @@ def test_every_op_has_a_plain_chain() -> None:
         assert "torch.compile" not in cases.implementations(op, "cuda", compiled=False)
 
 
+def test_the_plain_sampling_chain_has_the_law_of_the_op() -> None:
+    """It draws numbers of its own, so what the gate cannot see is tested here: which codes, how often."""
+    module = cases.module("sample_confident", "specs")
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    inputs = module.Spec("law", 40, 500, 4, 500).inputs()
+    inputs |= {"logits_BLC": p.log().expand(40, 500, 4), "choice_temperature": 1.0}
+
+    def shares(**options: Any) -> torch.Tensor:
+        sampled_BL, _ = module.baseline(**inputs | options)
+        return torch.bincount(sampled_BL.flatten(), minlength=4) / sampled_BL.numel()
+
+    torch.manual_seed(0)
+    close = {"rtol": 0.0, "atol": 0.02}
+    torch.testing.assert_close(shares(), p, **close)
+    torch.testing.assert_close(shares(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0]), **close)
+    torch.testing.assert_close(shares(top_p=0.65), torch.tensor([4 / 7, 3 / 7, 0, 0]), **close)
+    twice = {"guidance_logits_BLC": torch.zeros(40, 500, 4), "guidance_scale": 1.0}
+    torch.testing.assert_close(shares(**twice), p.square() / p.square().sum(), **close)
+
+
 # Timing
 
 

@@ -54,10 +54,25 @@ def baseline(
     mask_token_id: int,
     choice_temperature: float,
     rng_state: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance_logits_BLC: Tensor | None = None,
+    guidance_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The eager chain, on torch's own random numbers."""
     is_unknown_BL = ids_BL == mask_token_id
-    p_BLC = logits_BLC.float().softmax(2)
+    logits_BLC = logits_BLC.float()
+    if guidance_logits_BLC is not None:
+        logits_BLC = logits_BLC + guidance_scale * (logits_BLC - guidance_logits_BLC.float())
+    if top_k:
+        least_BL1 = logits_BLC.topk(top_k, 2).values[..., -1:]
+        logits_BLC = logits_BLC.masked_fill(logits_BLC < least_BL1, float("-inf"))
+    p_BLC = logits_BLC.softmax(2)
+    if top_p < 1.0:
+        ordered_BLC, order_BLC = p_BLC.sort(2, descending=True)
+        ordered_BLC = ordered_BLC.masked_fill(ordered_BLC.cumsum(2) - ordered_BLC >= top_p, 0.0)
+        p_BLC = torch.zeros_like(p_BLC).scatter(2, order_BLC, ordered_BLC)
+        p_BLC = p_BLC / p_BLC.sum(2, keepdim=True)
     # a categorical draw as torch.multinomial makes it, without its wait for the device
     drawn_BL = (p_BLC / torch.empty_like(p_BLC).exponential_()).argmax(2)
     sampled_BL = torch.where(is_unknown_BL, drawn_BL, ids_BL)
