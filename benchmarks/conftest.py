@@ -1,21 +1,20 @@
-"""Options and the record file of the benchmarks: one JSON record a measurement."""
+"""Options of the benchmarks under pytest-benchmark, and the record file that they leave."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
+from mage_fast.benchmark import limits, records
+from mage_fast.benchmark.measure import Row
+from mage_fast.kernels.roofline import Device
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS: pytest.StashKey[list[Row]] = pytest.StashKey()
+LIMITS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RECORDS] = []
+    config.stash[ROWS] = []
+    config.stash[LIMITS] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,54 +32,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if ("/tiny" in item.name) == smoke]
 
 
+@pytest.fixture(scope="session")
+def device_limits(pytestconfig: pytest.Config) -> Device | None:
+    """What the device can do, measured once; None where nothing is timed."""
+    if not pytestconfig.getoption("benchmark_enable") and pytestconfig.getoption("benchmark_disable"):
+        return None
+    pytestconfig.stash[LIMITS] += limits.measure(DEVICE, 0.5, smoke=pytestconfig.getoption("--smoke"))
+    return limits.as_device(pytestconfig.stash[LIMITS])
+
+
 @pytest.fixture
-def record(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """Keep one measurement; fields that do not apply are None in the file."""
-    return lambda **fields: pytestconfig.stash[RECORDS].append(fields)
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    installed = {d.name for d in importlib.metadata.distributions()}
-    wanted = ("mage-fast", "torch", "triton", "numpy")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in wanted if name in installed
-    }
-
-
-def complete(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records in the stored form: with their baseline's time, the ratio, and where they were taken."""
-    median = {(r["name"], r["implementation"]): r["median_ms"] for r in records}
-    taken = {"device": device_name(), "versions": versions(), "date": datetime.date.today().isoformat()}
-    keys = (
-        *("suite", "name", "device", "dtype", "shape", "implementation", "baseline", "median_ms"),
-        *("baseline_median_ms", "ratio", "floor_ms", "percent_of_floor", "peak_mib", "correct", "rounds"),
-        *("versions", "date"),
-    )
-    out = []
-    for r in records:
-        base = median.get((r["name"], r["baseline"]))
-        named = {"reference": "reference-eager-fp32"}.get(r["baseline"], r["baseline"])
-        ratio = base / r["median_ms"] if base else None
-        row = r | taken | {"baseline": named, "baseline_median_ms": base, "ratio": ratio}
-        out.append({key: row.get(key) for key in keys})
-    return out
+def rows(pytestconfig: pytest.Config) -> list[Row]:
+    """To be appended to: one row a measurement."""
+    return pytestconfig.stash[ROWS]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    records = session.config.stash[RECORDS]
-    if not records:
+    rows = session.config.stash[ROWS]
+    if not rows:
         return
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    out = session.config.getoption("--out") or Path(__file__).parent / "results" / f"{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(complete(records), indent=1) + "\n")
-    os.replace(temporary, out)
+    out = session.config.getoption("--out")
+    out = out or Path(__file__).parent / "results" / f"{records.slug(DEVICE)}.json"
+    medians = {(r.case.name, r.implementation): r.timing.median_ms for r in rows if r.timing}
+    compared = [r.against(medians.get((r.case.name, r.case.baseline))) for r in rows]
+    kernels = [row.record() for row in compared]
+    records.update(out, records.complete([*session.config.stash[LIMITS], *kernels], DEVICE))

@@ -1,7 +1,7 @@
 """The command line ``mage-fast``: one verb a recipe, options from the recipe's dataclass.
 
-Exit codes: 0 done, 1 training cannot go on, 2 wrong input (one line on standard error), 130 stopped by
-Ctrl-C or SIGTERM with the state saved.
+Exit codes: 0 done, 1 training cannot go on or a benchmark met wrong results, 2 wrong input (one line on
+standard error), 130 stopped by Ctrl-C or SIGTERM with the state saved.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tyro
 
 from mage_fast.errors import TrainingError
 from mage_fast.kernels.dispatch import Unsupported
-from mage_fast.recipes import convert, demo, env, generate, pretrain, probe, tokenize, train_tokenizer
+from mage_fast.recipes import bench, convert, demo, env, generate, pretrain, probe, tokenize, train_tokenizer
 
 VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "demo": (demo.DemoConfig, demo.run),
@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "generate": (generate.GenerateConfig, generate.run),
     "probe": (probe.ProbeConfig, probe.run),
     "convert": (convert.ConvertConfig, convert.run),
+    "bench": (bench.BenchConfig, bench.run),
     "env": (env.EnvConfig, env.run),
 }
 
@@ -49,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.flags.dev_mode:  # python -X dev -m mage_fast.cli: for whoever debugs
             raise
         return _fail(error, 2)
-    if not isinstance(config, env.EnvConfig):
+    if not isinstance(config, (env.EnvConfig, bench.BenchConfig)):  # these print tables
         print(json.dumps(result, indent=2))
-    return 130 if result.get("stopped_by") else 0
+    if result.get("stopped_by"):
+        return 130
+    return 1 if result.get("incorrect") else 0
 
 
 def parse(arguments: Sequence[str] | None) -> Any:
@@ -77,7 +80,8 @@ def _refused(text: str) -> str:
     flat = " ".join(text.replace("│", " ").replace("|", " ").split())
     found = re.search(r"Error parsing (\S+): (.*?) [─-]{5}", flat)
     if found is None:
-        return text
+        choice = re.search(r"(invalid choice .*?) [─-]{5}", flat)
+        return f"mage-fast: error: {choice[1]}" if choice else text
     option = f"{found[1]}: " if found[1].startswith("--") else ""  # else the place in a dataclass
     return f"mage-fast: error: {option}{found[2]}"
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mage_fast.kernels import rng
+from mage_fast.kernels.roofline import (
+    NORM,
+    NORM_BACKWARD,
+    Direction,
+    Work,
+    dropout_flops,
+    statistic_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,32 @@ class Spec:
             "rng_state": rng.new_state(0, device=device),
             "stream": rng.stream(rng.Stream.PROJECTION_DROPOUT),
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        e, elements = dtype.itemsize, self.rows * self.features
+        statistics, drops = 2 * self.rows * statistic_bytes(dtype), dropout_flops(elements, self.dropout)
+        if direction == "fwd":
+            # reads branch, residual, weight, bias; writes sum, normed, mean, rstd
+            read, written = 2 * (elements + self.features) * e, 2 * elements * e + statistics
+            return Work(read, written, elements * (1 + NORM) + drops)
+        # reads two grads, sum, weight, mean, rstd; writes the grads of branch, residual, weight, bias
+        read, written = (3 * elements + self.features) * e + statistics, 2 * (elements + self.features) * e
+        return Work(read, written, elements * (1 + NORM_BACKWARD) + drops)
+
+
+def baseline(
+    branch_TD: Tensor,
+    residual_TD: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    *,
+    dropout: float,
+    rng_state: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    """The eager chain, with torch's own dropout."""
+    out_TD = residual_TD + F.dropout(branch_TD, dropout)
+    return out_TD, F.layer_norm(out_TD, weight_D.shape, weight_D, bias_D, 1e-6)
 
 
 SPECS = (

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mage_fast.kernels import rng
+from mage_fast.kernels.roofline import Direction, Work, statistic_bytes
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,40 @@ class Spec:
             "rng_state": rng.new_state(0, device=device),
             "stream": rng.stream(rng.Stream.ATTENTION_DROPOUT),
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        rows = sum(self.lengths) * self.heads
+        one, lse = rows * self.features * dtype.itemsize, rows * statistic_bytes(dtype)
+        ends = 4 * (len(self.lengths) + 1)
+        # two products of 2 l l D a head: scores and output
+        flops = 4 * sum(length**2 for length in self.lengths) * self.heads * self.features
+        if direction == "fwd":
+            return Work(3 * one + ends, one + lse, flops, matrix=True)  # q, k, v -> out, logsumexp
+        # grad, q, k, v, out, logsumexp -> their grads; five products: scores again, dP, dQ, dK, dV
+        return Work(5 * one + lse + ends, 3 * one, flops * 5 // 2, matrix=True)
+
+
+def baseline(
+    qkv_T3HD: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, dropout: float, rng_state: Tensor, stream: int
+) -> Tensor:
+    """The eager chain over padded sequences, with torch's own dropout."""
+    total, batch = qkv_T3HD.shape[0], len(cu_seqlens) - 1
+    position_M = torch.arange(max_seqlen, device=cu_seqlens.device)
+    is_row_BM = position_M < cu_seqlens.diff()[:, None]
+    if total == batch * max_seqlen:
+        padded_BM3HD = qkv_T3HD.unflatten(0, (batch, max_seqlen))
+    else:
+        padded_BM3HD = qkv_T3HD[(cu_seqlens[:-1, None] + position_M).clamp(max=total - 1)]
+    q, k, v = padded_BM3HD.permute(2, 0, 3, 1, 4)
+    scores_BHQK = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    if total < batch * max_seqlen:  # not -inf: an empty sequence has no score
+        least = torch.finfo(scores_BHQK.dtype).min
+        scores_BHQK = scores_BHQK.masked_fill(~is_row_BM[:, None, None, :], least)
+    out_BMHD = (F.dropout(scores_BHQK.softmax(3), dropout) @ v).transpose(1, 2)
+    if total == batch * max_seqlen:
+        return out_BMHD.flatten(0, 1)
+    row_T1 = torch.nonzero_static(is_row_BM.flatten(), size=total)  # nothing waits for the device
+    return out_BMHD.flatten(0, 1)[row_T1[:, 0]]
 
 
 SPECS = (

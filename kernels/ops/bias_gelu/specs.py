@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mage_fast.kernels import rng
+from mage_fast.kernels.roofline import Direction, Work, dropout_flops
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,21 @@ class Spec:
             "rng_state": rng.new_state(0, device=device),
             "stream": rng.stream(rng.Stream.MLP_DROPOUT),
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        elements, e = self.rows * self.features, dtype.itemsize
+        drops = dropout_flops(elements, self.dropout)
+        if direction == "fwd":
+            # x, bias -> y; an addition, then s / 2 (1 + erf(c s))
+            return Work((elements + self.features) * e, elements * e, 6 * elements + drops)
+        # grad, x, bias -> grad x, grad bias; Phi (4), s phi (5), their sum, x + bias, times grad, bias' sum
+        read, written = (2 * elements + self.features) * e, (elements + self.features) * e
+        return Work(read, written, 13 * elements + drops)
+
+
+def baseline(x_TF: Tensor, bias_F: Tensor, *, dropout: float, rng_state: Tensor, stream: int) -> Tensor:
+    """The eager chain, with torch's own dropout."""
+    return F.dropout(F.gelu(x_TF + bias_F), dropout)
 
 
 SPECS = (

@@ -5,10 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import mask_plan
 from mage_fast.kernels.ops.mask_plan.specs import Spec as PlanSpec
+from mage_fast.kernels.roofline import (
+    NORM,
+    NORM_BACKWARD,
+    Direction,
+    Work,
+    dropout_flops,
+    statistic_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,45 @@ class Spec:
             "rng_state": rng.new_state(0, device=device),
             "stream": rng.stream(rng.Stream.EMBEDDING_DROPOUT),
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        plan = self.plan.inputs()
+        rows, positions, e = plan["total_kept"], self.plan.length + 1, dtype.itemsize
+        visible = self.plan.batch * positions - plan["total_masked"]  # class tokens among them
+        words = min(self.vocabulary, visible + 1)  # rows of the table that are used, [M] one of them
+        elements, statistics = rows * self.features, 2 * rows * statistic_bytes(dtype)
+        tables = (words + positions) * self.features * e
+        drops = dropout_flops(elements, self.dropout)
+        if direction == "fwd":
+            # reads used words, positions, norm's 2 D, index 4 T, id 8 T, mask T; writes x, id 4 T, mean, rstd
+            read = tables + 2 * self.features * e + 13 * rows
+            return Work(read, elements * e + 4 * rows + statistics, elements * (1 + NORM) + drops)
+        # reads grad, the tables again, norm's weight, id and index 4 T each, mean, rstd; writes four grads
+        read = elements * e + tables + self.features * e + 8 * rows + statistics
+        written = (self.vocabulary + positions + 2) * self.features * e
+        return Work(read, written, elements * (3 + NORM_BACKWARD) + drops)
+
+
+def baseline(
+    ids_BL: Tensor,
+    class_ids_B: Tensor,
+    positions_T: Tensor,
+    is_masked_BL: Tensor,
+    word_weight_VD: Tensor,
+    position_weight_SD: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    *,
+    mask_token_id: int,
+    dropout: float,
+    rng_state: Tensor,
+    stream: int,
+) -> Tensor:
+    """The eager chain, of the kept positions only, with torch's own dropout."""
+    ids_BS = torch.cat([class_ids_B[:, None], ids_BL.masked_fill(is_masked_BL, mask_token_id)], 1)
+    words_TD = F.embedding(ids_BS.flatten()[positions_T], word_weight_VD)
+    x_TD = words_TD + F.embedding(positions_T % position_weight_SD.shape[0], position_weight_SD)
+    return F.dropout(F.layer_norm(x_TD, norm_weight_D.shape, norm_weight_D, norm_bias_D, 1e-6), dropout)
 
 
 SPECS = (

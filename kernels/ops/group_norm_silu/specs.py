@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mage_fast.kernels.roofline import NORM, NORM_BACKWARD, Direction, Work, statistic_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,21 @@ class Spec:
             "bias_C": bias.to(device, dtype).requires_grad_(),
             "num_groups": self.num_groups,
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        elements, e = self.images * self.channels * self.size**2, dtype.itemsize
+        parameters, statistics = 2 * self.channels, 2 * self.images * self.num_groups * statistic_bytes(dtype)
+        if direction == "fwd":
+            # x, weight, bias -> out, mean, rstd; norm, then y / (1 + exp(-y))
+            return Work((elements + parameters) * e, elements * e + statistics, elements * (NORM + 4))
+        # grad, x, weight, bias, mean, rstd -> grads of x, weight, bias; y again (2), its SiLU's slope (9)
+        read, written = (2 * elements + parameters) * e + statistics, (elements + parameters) * e
+        return Work(read, written, elements * (NORM_BACKWARD + 11))
+
+
+def baseline(x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, *, num_groups: int) -> Tensor:
+    """The eager chain."""
+    return F.silu(F.group_norm(x_NCHW, num_groups, weight_C, bias_C, 1e-6))
 
 
 SPECS = (

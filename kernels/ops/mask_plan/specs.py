@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mage_fast.kernels import rng
+from mage_fast.kernels.ops.mask_plan.reference import plan_tensors
+from mage_fast.kernels.roofline import PHILOX_BLOCK, Direction, Work
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,41 @@ class Spec:
             "max_seqlen": self.length + 1 - int(dropped.min()),
             "stream": rng.stream(rng.Stream.MASK_PLAN),
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        assert direction == "fwd"
+        plan = self.inputs(dtype)
+        # reads: two counts a sample; writes int32: T positions, B + 1 ends, N masked, B S sources; B L bools
+        read = 2 * self.batch * dtype.itemsize
+        integers = plan["total_kept"] + self.batch + 1 + plan["total_masked"] + self.batch * (self.length + 1)
+        # a random word a token and its rank: L log2 L comparisons
+        ranks = self.length * math.ceil(math.log2(max(self.length, 2)))
+        flops = self.batch * (PHILOX_BLOCK * -(-self.length // 4) + ranks)
+        return Work(read, 4 * integers + self.batch * self.length, flops)
+
+
+def baseline(
+    rng_state: Tensor,
+    num_masked_B: Tensor,
+    num_dropped_B: Tensor,
+    length: int,
+    *,
+    total_masked: int,
+    total_kept: int,
+    max_seqlen: int,
+    stream: int,
+) -> tuple[Tensor, ...]:
+    """The eager chain, on torch's own random numbers."""
+    rank_BL = torch.rand(num_masked_B.shape[0], length, device=rng_state.device).argsort(1).argsort(1)
+    is_masked_BL, is_dropped_BL = rank_BL < num_masked_B[:, None], rank_BL < num_dropped_B[:, None]
+    return (*plan_tensors(is_masked_BL, is_dropped_BL, total_masked, total_kept), is_masked_BL)
+
+
+def invariant(inputs: dict[str, Any], outputs: list[Tensor]) -> list[Tensor]:
+    """What right plans have in common whatever numbers they draw: the counts."""
+    _positions_T, cu_seqlens, masked_index_N, source_BS, is_masked_BL = outputs
+    visible_B = (source_BS >= 0).sum(1)
+    return [cu_seqlens, (masked_index_N >= 0).sum(), visible_B, is_masked_BL.sum(1)]
 
 
 SPECS = (

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mage_fast.kernels.roofline import Direction, Work, statistic_bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,20 @@ class Spec:
             "targets_N": targets.to(device),
             "label_smoothing": self.label_smoothing,
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        rows, e, f = self.rows - self.padding, dtype.itemsize, statistic_bytes(dtype)
+        if direction == "fwd":
+            # logits of the rows with a target, targets -> loss, logsumexp; max, minus, exp, two sums
+            return Work(rows * self.classes * e + 8 * self.rows, f * (1 + self.rows), 5 * rows * self.classes)
+        # grad, logits, logsumexp, targets -> grad of every row; minus, exp, minus, times
+        read, written = rows * (self.classes * e + f) + 8 * self.rows + f, self.rows * self.classes * e
+        return Work(read, written, 4 * rows * self.classes)
+
+
+def baseline(logits_NC: Tensor, targets_N: Tensor, *, label_smoothing: float) -> Tensor:
+    """The eager chain."""
+    return F.cross_entropy(logits_NC, targets_N, ignore_index=-1, label_smoothing=label_smoothing)
 
 
 SPECS = (

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from mage_fast.kernels.roofline import Direction, Work
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,24 @@ class Spec:
                 device, torch.promote_types(dtype, torch.float32) if self.wide_codebook else dtype
             ),
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        assert direction == "fwd"
+        read = (self.rows + self.codes) * self.channels * dtype.itemsize
+        # x, codebook -> int64 index; one product
+        return Work(read, 8 * self.rows, 2 * self.rows * self.codes * self.channels, matrix=True)
+
+
+def baseline(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
+    """The eager chain, in float32: every distance, then the least."""
+    x_ND, codebook_KD = x_ND.float(), codebook_KD.float()
+    return (codebook_KD.square().sum(1) - 2 * x_ND @ codebook_KD.T).argmin(1)
+
+
+def comparable(inputs: dict[str, Any], outputs: list[Tensor]) -> list[Tensor]:
+    """What right results share: rounding may choose another of two codes that are equally far, up to it."""
+    chosen_ND = inputs["codebook_KD"].double()[outputs[0]]
+    return [(inputs["x_ND"].double() - chosen_ND).square().sum(1).float()]
 
 
 SPECS = (

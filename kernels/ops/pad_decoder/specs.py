@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from mage_fast.kernels.roofline import Direction, Work
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,36 @@ class Spec:
             "position_weight_SD": position.to(device, dtype).requires_grad_(),
             "mask_token_D": mask_token.to(device, dtype).requires_grad_() if self.mask_token else None,
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        e, positions = dtype.itemsize, self.length + 1
+        indices = 4 * (self.batch * positions + self.batch + 1)
+        elements = self.batch * positions * self.features
+        shared = (positions + self.mask_token) * self.features
+        if direction == "fwd":
+            # the class rows and the visible ones, source, ends, positions, the mask token -> full sequences
+            rows = self.batch * (1 + self.visible) * self.features
+            return Work((rows + shared) * e + indices, elements * e, elements)
+        # grad, source, ends -> the grads of every encoded row, of positions and of the mask token
+        rows = self.batch * (1 + self.kept) * self.features
+        return Work(elements * e + indices, (rows + shared) * e, 2 * elements)
+
+
+def baseline(
+    encoded_TD: Tensor,
+    source_BS: Tensor,
+    cu_seqlens: Tensor,
+    position_weight_SD: Tensor,
+    *,
+    mask_token_D: Tensor | None,
+) -> Tensor:
+    """The eager chain."""
+    padding_BD = encoded_TD[cu_seqlens[:-1]]
+    if mask_token_D is not None:
+        padding_BD = mask_token_D.expand_as(padding_BD)
+    is_padded_BS1 = source_BS[..., None] < 0
+    rows_BSD = torch.where(is_padded_BS1, padding_BD[:, None], encoded_TD[source_BS.clamp(min=0)])
+    return rows_BSD + position_weight_SD
 
 
 SPECS = (

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mage_fast.kernels import rng
+from mage_fast.kernels.roofline import PHILOX_BLOCK, Direction, Work
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,21 @@ class Spec:
     def inputs(self, device: str = "cpu") -> dict[str, Any]:
         state = rng.new_state(0, device=device)
         return {"state": state, "stream": int(rng.Stream.MLP_DROPOUT), "high": self.high, "low": self.low}
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        assert direction == "fwd"
+        blocks = self.high * self.low
+        return Work(0, 16 * blocks, PHILOX_BLOCK * blocks)  # 4 words of 4 bytes a block
+
+
+def baseline(state: Tensor, stream: int, high: int, low: int) -> Tensor:
+    """torch's own generator."""
+    return torch.randint(-(2**31), 2**31, (high, low, 4), dtype=torch.int32, device=state.device)
+
+
+def invariant(inputs: dict[str, Any], outputs: list[Tensor]) -> list[Tensor]:
+    """What right results have in common whatever numbers they draw: here only the size."""
+    return [torch.tensor(outputs[0].shape)]
 
 
 SPECS = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mage_fast.kernels import rng
+from mage_fast.kernels.roofline import PHILOX_BLOCK, Direction, Work
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,61 @@ class Spec:
             "choice_temperature": 3.0,
             "rng_state": rng.new_state(0, device=device),
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        assert direction == "fwd"
+        scores, tokens = self.batch * self.unknown * self.codes, self.batch * self.length
+        # logits of the unknown tokens, int64 ids and counts -> sampled and next ids
+        read, written = scores * dtype.itemsize + 8 * (tokens + self.batch), 2 * 8 * tokens
+        # a code: a random word, its noise -log -log u (6), the noisy argmax (2), the softmax's sum (4)
+        return Work(read, written, round(scores * (PHILOX_BLOCK / 4 + 12)))
+
+
+def baseline(
+    logits_BLC: Tensor,
+    ids_BL: Tensor,
+    num_masked_B: Tensor,
+    *,
+    mask_token_id: int,
+    choice_temperature: float,
+    rng_state: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance_logits_BLC: Tensor | None = None,
+    guidance_scale: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The eager chain, on torch's own random numbers."""
+    is_unknown_BL = ids_BL == mask_token_id
+    logits_BLC = logits_BLC.float()
+    if guidance_logits_BLC is not None:
+        logits_BLC = logits_BLC + guidance_scale * (logits_BLC - guidance_logits_BLC.float())
+    if top_k:
+        least_BL1 = logits_BLC.topk(top_k, 2).values[..., -1:]
+        logits_BLC = logits_BLC.masked_fill(logits_BLC < least_BL1, float("-inf"))
+    p_BLC = logits_BLC.softmax(2)
+    if top_p < 1.0:
+        ordered_BLC, order_BLC = p_BLC.sort(2, descending=True)
+        ordered_BLC = ordered_BLC.masked_fill(ordered_BLC.cumsum(2) - ordered_BLC >= top_p, 0.0)
+        p_BLC = torch.zeros_like(p_BLC).scatter(2, order_BLC, ordered_BLC)
+        p_BLC = p_BLC / p_BLC.sum(2, keepdim=True)
+    # a categorical draw as torch.multinomial makes it, without its wait for the device
+    drawn_BL = (p_BLC / torch.empty_like(p_BLC).exponential_()).argmax(2)
+    sampled_BL = torch.where(is_unknown_BL, drawn_BL, ids_BL)
+    log_p_BL = p_BLC.gather(2, drawn_BL[..., None]).squeeze(2).log()
+    noise_BL = torch.empty_like(log_p_BL).exponential_().log_().neg_()
+    confidence_BL = (log_p_BL + choice_temperature * noise_BL).masked_fill(~is_unknown_BL, float("inf"))
+    count_B = num_masked_B.minimum(is_unknown_BL.sum(1) - 1).clamp(min=1)
+    rank_BL = confidence_BL.argsort(1).argsort(1)
+    is_masked_BL = (rank_BL < count_B[:, None]) & is_unknown_BL
+    return sampled_BL, sampled_BL.masked_fill(is_masked_BL, mask_token_id)
+
+
+def invariant(inputs: dict[str, Any], outputs: list[Tensor]) -> list[Tensor]:
+    """What right steps have in common whatever numbers they draw: frozen ids, counts, kept ids."""
+    (sampled_BL, next_BL), mask_token_id = outputs, inputs["mask_token_id"]
+    is_known_BL, is_masked_BL = inputs["ids_BL"] != mask_token_id, next_BL == mask_token_id
+    forgotten, changed = is_masked_BL & is_known_BL, (next_BL != sampled_BL) & ~is_masked_BL
+    return [sampled_BL * is_known_BL, is_masked_BL.sum(1), forgotten.sum(), changed.sum()]
 
 
 SPECS = (

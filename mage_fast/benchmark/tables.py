@@ -1,0 +1,110 @@
+"""Tables of measurements and of the data sheets' floors, for a terminal and for README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mage_fast.benchmark import cases
+from mage_fast.benchmark.measure import Row
+from mage_fast.kernels.roofline import Device
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def measured(rows: Iterable[Row], title: str) -> Table:
+    """One line an implementation; wrong ones in red, declined ones left out (see :func:`declined`)."""
+    rows = [row for row in rows if row.correct is not None]
+    in_graphs = any(row.timing and row.timing.graph_ms for row in rows)
+    table = Table(title=title, title_justify="left")
+    for column in ("op / spec / direction", "implementation"):
+        table.add_column(column, overflow="fold")
+    for column in ("median ms", "20% - 80%", *(["graph ms"] * in_graphs), "ratio", "% of floor", "peak MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    before = ""
+    for row in rows:
+        name = row.case.name if row.case.name != before else ""
+        table.add_section() if name and before else None
+        before = row.case.name
+        if row.timing is None:
+            table.add_row(name, row.implementation, "incorrect", style="red")
+            continue
+        timing = row.timing
+        spread = f"{timing.quantile_ms(20):.4f} - {timing.quantile_ms(80):.4f}"
+        graph = [_number(timing.graph_ms, ".4f")] * in_graphs
+        ratio = "baseline" if row.implementation == row.case.baseline else _number(row.ratio, ".2f")
+        numbers = (ratio, _number(row.percent_of_floor, ".1f"), _number(timing.peak_mib, ".1f"))
+        table.add_row(name, row.implementation, f"{timing.median_ms:.4f}", spread, *graph, *numbers)
+    return table
+
+
+def remarks(rows: Iterable[Row]) -> list[str]:
+    """What the table has no room for: wrong results, who declined what and why, graphs that failed."""
+    found: dict[str, None] = {}  # each remark once, in order
+    for row in rows:
+        if row.correct is False:
+            found[f"incorrect: {row.implementation}, {row.reason}"] = None
+        elif row.correct is None:
+            found[f"declined: {row.case.op}, {row.implementation}: {row.reason}"] = None
+        elif row.timing and row.timing.graph_error:
+            found[f"no graph: {row.case.name}, {row.implementation}: {row.timing.graph_error}"] = None
+    return list(found)
+
+
+def limits(device: Device, title: str) -> Table:
+    """A device's bandwidth and peaks."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("limit")
+    table.add_column("figure", justify="right")
+    table.add_row("memory", f"{device.bandwidth_bytes_s / 1e9:,.0f} GB/s")
+    for name, flops in device.peak_flops.items():
+        table.add_row(name, f"{flops / 1e12:,.2f} TFLOP/s")
+    return table
+
+
+def paper(device: Device, ops: Iterable[str]) -> Table:
+    """What every op must move and compute at its real shapes, and the device's floor for it."""
+    table = Table(title=f"Floors on {device.name}, from its data sheet", title_justify="left")
+    table.add_column("op / spec", overflow="fold")
+    for column in ("direction", "dtype"):
+        table.add_column(column)
+    for column in ("MB", "MFLOP", "FLOP/byte", "floor us"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("bound by")
+    for op in ops:
+        for spec in cases.specs(op, "cuda"):
+            dtype = cases.DTYPE["cuda"] if cases.is_floating(spec) else torch.int32
+            for direction in ("fwd", "bwd")[: len(cases.directions(op))]:
+                work = spec.work(dtype, direction)
+                table.add_row(
+                    f"{op}/{spec.name}", direction, str(dtype).removeprefix("torch."),
+                    f"{work.bytes / 1e6:.3f}", f"{work.flops / 1e6:,.1f}", f"{work.intensity:.1f}",
+                    f"{1e6 * device.floor_seconds(work, dtype):.2f}", device.bound(work, dtype),
+                )  # fmt: skip
+        table.add_section()
+    return table
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The timed implementations of one device's records, for README.md; references are left out."""
+    kernels = [
+        r
+        for r in records
+        if r["suite"] == "kernels" and r["implementation"] not in (r["baseline"], "reference") and r["ratio"]
+    ]
+    lines = [
+        "| op / spec / direction | dtype | implementation | ms | baseline | ratio | % of floor |",
+        "|---|---|---|--:|---|--:|--:|",
+    ]
+    for r in kernels:
+        floor = _number(r["percent_of_floor"], ".0f")
+        lines.append(
+            f"| `{r['name']}` | {r['dtype']} | {r['implementation']} | {r['median_ms']:.3f} "
+            f"| {r['baseline']}, {r['baseline_median_ms']:.3f} ms | {r['ratio']:.2f} | {floor} |"
+        )
+    return "\n".join(lines)
