@@ -136,6 +136,7 @@ def test_markdown_holds_a_row_a_tile_and_counts_the_rest() -> None:
         replace(ROW, programs=9, registers=40),
         replace(ROW, dtype="float32", registers=99, spills=1),
         replace(ROW, arch=80),
+        replace(ROW, spec="small", constants="ROWS=1"),
     ]
     text = compile_gate.markdown(rows)
     assert "| toy | kernel | ROWS=4 | 4 | 40 | 0 | 0 | 100 | 1 | 100% |" in text
