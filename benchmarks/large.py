@@ -134,6 +134,28 @@ def pad_decoder(elements: int, name: str, dtype: torch.dtype, device: str) -> st
     return _last_rows("pad_decoder", name, big, small, dtype, [(batch, tokens + 1, features)])
 
 
+def embed_kept(elements: int, name: str, dtype: torch.dtype, device: str) -> str:
+    """Forward only: what comes back to the tables is a sum over all rows."""
+    tokens, features = (8, 16) if elements < 2**31 else (256, 768)
+    rows = 1 + tokens // 2
+    batch = elements // (rows * features) + LAST
+    first = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * (tokens + 1)
+    positions = (first + torch.arange(rows, dtype=torch.int32, device=device)).flatten()
+    big = {
+        "ids_BL": torch.randint(2025, (batch, tokens), device=device),
+        "class_ids_B": torch.zeros(batch, dtype=torch.int64, device=device),
+        "positions_T": positions,
+        "is_masked_BL": torch.zeros(batch, tokens, dtype=torch.bool, device=device),
+        "word_weight_VD": _noise(2025, features, dtype=dtype, device=device),
+        "position_weight_SD": _noise(tokens + 1, features, dtype=dtype, device=device),
+        "norm_weight_D": _noise(features, dtype=dtype, device=device),
+        "norm_bias_D": _noise(features, dtype=dtype, device=device),
+        "mask_token_id": 2024,
+    }
+    small = big | {"positions_T": positions[-LAST * rows :]}
+    return _last_rows("embed_kept", name, big, small, dtype, [])
+
+
 def masked_cross_entropy(elements: int, name: str, dtype: torch.dtype, device: str) -> str:
     classes = 64 if elements < 2**31 else 1024
     rows = elements // classes + LAST
@@ -183,7 +205,7 @@ def sample_confident(elements: int, name: str, dtype: torch.dtype, device: str) 
 CHECKS: dict[str, Callable[[int, str, torch.dtype, str], str]] = {
     function.__name__: function
     for function in (
-        *(philox, bias_gelu, add_norm, attention, pad_decoder, masked_cross_entropy, group_norm_silu),
-        *(nearest_code, sample_confident),
+        *(philox, bias_gelu, add_norm, attention, pad_decoder, embed_kept, masked_cross_entropy),
+        *(group_norm_silu, nearest_code, sample_confident),
     )
 }
