@@ -13,20 +13,21 @@ import triton
 import triton.language as tl
 
 from mage_fast.kernels.ops.attention._triton_tiles import (
+    LOG2_E,
+    LOG_2,
+    add_keys,
     add_product,
-    keep_class,
-    keep_tile,
-    keep_tile_transposed,
+    class_gradients,
+    key_order,
     load,
-    load_vector,
-    outer,
-    products,
+    load_row,
     row_products,
+    scaled,
+    start_softmax,
     store,
+    tile_gradients,
+    zeros,
 )
-
-_LOG_2 = tl.constexpr(0.6931471805599453)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["stream", "least_kept"])
@@ -39,53 +40,28 @@ def forward_long(
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
-    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     if tl.program_id(1) * QUERIES >= length:
         return
-    seed, step = tl.load(state), tl.load(state + 1)
-    first_row = qkv + start * row_stride + head.to(tl.int64) * head_stride
-    first_key, first_value = first_row + part_stride, first_row + 2 * part_stride
-    row = (start + query) * heads + head
-    inside = query < length
-
-    q1, q2 = load(first_row + query.to(tl.int64) * row_stride, inside, FIRST, SECOND, FEATURES)
-    k1, k2 = load_vector(first_key, FIRST, SECOND, FEATURES)
-    v1, v2 = load_vector(first_value, FIRST, SECOND, FEATURES)
-    highest = row_products(q1, q2, k1[None, :], k2[None, :], SECOND)
-    total = tl.full([QUERIES], 1.0, tl.float32)
-    weight = total
-    if DROPOUT:
-        weight = keep_class(seed, step, stream, row, least_kept).to(tl.float32)
-    sum1, sum2 = outer(weight, v1, v2, SECOND)
-
+    random = (tl.load(state), tl.load(state + 1), stream, least_kept)
     scale_log2 = scale * LOG2_E
-    for key0 in range(1, length, KEYS):
-        key = key0 + tl.arange(0, KEYS)
-        there = key < length
-        offset = key.to(tl.int64) * row_stride
-        k1, k2 = load(first_key + offset, there, FIRST, SECOND, FEATURES)
-        v1, v2 = load(first_value + offset, there, FIRST, SECOND, FEATURES)
-        s = products(q1, q2, k1, k2, SECOND)
-        s = tl.where(there[None, :], s, float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, 1))
-        shrink = tl.exp2((highest - higher) * scale_log2)
-        p = tl.exp2(s * scale_log2 - (higher * scale_log2)[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        highest = higher
-        if DROPOUT:
-            keep = keep_tile(seed, step, stream, row, (key0 + 15) // 16, least_kept, KEYS)
-            p = tl.where(keep, p, 0.0)
-        sum1 *= shrink[:, None]
-        if SECOND:
-            sum2 *= shrink[:, None]
-        sum1, sum2 = add_product(p.to(k1.dtype), v1, v2, sum1, sum2, SECOND)
+    first_q = qkv + start * row_stride + head.to(tl.int64) * head_stride
+    first_k, first_v = first_q + part_stride, first_q + 2 * part_stride
 
-    norm = (keep_scale / total)[:, None]
-    sum1 *= norm
-    if SECOND:
-        sum2 *= norm
-    store(out + row * FEATURES, inside, sum1, sum2, FIRST, SECOND, FEATURES)
-    tl.store(lse + row, highest * scale + tl.log2(total) * _LOG_2, mask=inside)
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    inside, row = query < length, (start + query) * heads + head
+    q = load(first_q + query.to(tl.int64) * row_stride, inside, FIRST, SECOND, FEATURES)
+    class_k = load_row(first_k, FIRST, SECOND, FEATURES)
+    class_v = load_row(first_v, FIRST, SECOND, FEATURES)
+    softmax = start_softmax(q, class_k, class_v, random, row, DROPOUT)
+    for key0 in range(1, length, KEYS):
+        key = key0 + key_order(KEYS)
+        offset = key.to(tl.int64) * row_stride
+        k = load(first_k + offset, key < length, FIRST, SECOND, FEATURES)
+        v = load(first_v + offset, key < length, FIRST, SECOND, FEATURES)
+        softmax = add_keys(softmax, q, k, v, key0, length, scale_log2, random, row, DROPOUT, KEYS)
+    highest, total, values = softmax
+    store(out + row * FEATURES, inside, values, (keep_scale / total)[:, None], FIRST, SECOND, FEATURES)
+    tl.store(lse + row, highest * scale + tl.log2(total) * LOG_2, mask=inside)
 
 
 @triton.jit(do_not_specialize=["stream", "least_kept"])
@@ -98,53 +74,38 @@ def backward_queries_long(
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
-    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     if tl.program_id(1) * QUERIES >= length:
         return
-    seed, step = tl.load(state), tl.load(state + 1)
-    first_row = qkv + start * row_stride + head.to(tl.int64) * head_stride
-    first_key, first_value = first_row + part_stride, first_row + 2 * part_stride
-    row = (start + query) * heads + head
-    inside = query < length
-
-    q1, q2 = load(first_row + query.to(tl.int64) * row_stride, inside, FIRST, SECOND, FEATURES)
-    g1, g2 = load(grad + row * FEATURES, inside, FIRST, SECOND, FEATURES)
-    o1, o2 = load(out + row * FEATURES, inside, FIRST, SECOND, FEATURES)
-    expected = row_products(g1, g2, o1, o2, SECOND)
-    tl.store(delta + row, expected, mask=inside)
+    random = (tl.load(state), tl.load(state + 1), stream, least_kept)
     scale_log2 = scale * LOG2_E
-    # no probability in rows past the end
-    log2_total = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
+    first_q = qkv + start * row_stride + head.to(tl.int64) * head_stride
+    first_k, first_v = first_q + part_stride, first_q + 2 * part_stride
 
-    k1, k2 = load_vector(first_key, FIRST, SECOND, FEATURES)
-    v1, v2 = load_vector(first_value, FIRST, SECOND, FEATURES)
-    p = tl.exp2(row_products(q1, q2, k1[None, :], k2[None, :], SECOND) * scale_log2 - log2_total)
-    grad_p = row_products(g1, g2, v1[None, :], v2[None, :], SECOND)
-    if DROPOUT:
-        keep = keep_class(seed, step, stream, row, least_kept)
-        grad_p = tl.where(keep, grad_p, 0.0) * keep_scale
-    sum1, sum2 = outer(p * (grad_p - expected), k1, k2, SECOND)
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    inside, row = query < length, (start + query) * heads + head
+    q = load(first_q + query.to(tl.int64) * row_stride, inside, FIRST, SECOND, FEATURES)
+    g = load(grad + row * FEATURES, inside, FIRST, SECOND, FEATURES)
+    expected = row_products(g, load(out + row * FEATURES, inside, FIRST, SECOND, FEATURES))
+    tl.store(delta + row, expected, mask=inside)
+    log2_total = tl.load(lse + row, mask=inside, other=0.0) * LOG2_E
 
+    class_k = load_row(first_k, FIRST, SECOND, FEATURES)
+    class_v = load_row(first_v, FIRST, SECOND, FEATURES)
+    class_grad_s, _ = class_gradients(
+        q, g, expected, log2_total, class_k, class_v, scale_log2, keep_scale, random, row, DROPOUT
+    )
+    grad_q = scaled(class_k, class_grad_s[:, None])
     for key0 in range(1, length, KEYS):
-        key = key0 + tl.arange(0, KEYS)
-        there = key < length
+        key = key0 + key_order(KEYS)
         offset = key.to(tl.int64) * row_stride
-        k1, k2 = load(first_key + offset, there, FIRST, SECOND, FEATURES)
-        v1, v2 = load(first_value + offset, there, FIRST, SECOND, FEATURES)
-        s = products(q1, q2, k1, k2, SECOND)
-        s = tl.where(there[None, :], s, float("-inf"))
-        p = tl.exp2(s * scale_log2 - log2_total[:, None])
-        grad_p = products(g1, g2, v1, v2, SECOND)
-        if DROPOUT:
-            keep = keep_tile(seed, step, stream, row, (key0 + 15) // 16, least_kept, KEYS)
-            grad_p = tl.where(keep, grad_p, 0.0) * keep_scale
-        grad_s = (p * (grad_p - expected[:, None])).to(k1.dtype)
-        sum1, sum2 = add_product(grad_s, k1, k2, sum1, sum2, SECOND)
-
-    sum1 *= scale
-    if SECOND:
-        sum2 *= scale
-    store(grad_qkv + ((start + query) * 3 * heads + head) * FEATURES, inside, sum1, sum2, FIRST, SECOND, FEATURES)
+        k = load(first_k + offset, key < length, FIRST, SECOND, FEATURES)
+        v = load(first_v + offset, key < length, FIRST, SECOND, FEATURES)
+        grad_s, _ = tile_gradients(
+            q, g, expected, log2_total, k, v, key0, length, scale_log2, keep_scale, random, row, DROPOUT, KEYS
+        )
+        grad_q = add_product(grad_q, grad_s, k)
+    target = grad_qkv + ((start + query) * 3 * heads + head) * FEATURES
+    store(target, inside, grad_q, scale, FIRST, SECOND, FEATURES)
 
 
 @triton.jit(do_not_specialize=["stream", "least_kept"])
@@ -153,8 +114,7 @@ def backward_keys_long(
     heads, scale, stream, least_kept, keep_scale, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A program: the gradients of one tile of keys and their values of one head, probabilities as
-    ``[keys, queries]``.
+    """A program: the gradients of one tile of keys and their values of one head.
 
     Tile i ends at key KEYS i, so that tiles start blocks of random bytes: tile 0 is the class token's.
     """
@@ -164,43 +124,30 @@ def backward_keys_long(
     key0 = (tl.program_id(1) - 1) * KEYS + 1
     if key0 >= length:
         return
-    seed, step = tl.load(state), tl.load(state + 1)
-    first_row = qkv + start * row_stride + head.to(tl.int64) * head_stride
-    key = key0 + tl.arange(0, KEYS)
+    random = (tl.load(state), tl.load(state + 1), stream, least_kept)
+    scale_log2 = scale * LOG2_E
+    first_q = qkv + start * row_stride + head.to(tl.int64) * head_stride
+    first_k, first_v = first_q + part_stride, first_q + 2 * part_stride
+
+    key = key0 + key_order(KEYS)
     there = (key >= 0) & (key < length)
     offset = key.to(tl.int64) * row_stride
-    k1, k2 = load(first_row + part_stride + offset, there, FIRST, SECOND, FEATURES)
-    v1, v2 = load(first_row + 2 * part_stride + offset, there, FIRST, SECOND, FEATURES)
-    scale_log2 = scale * LOG2_E
-
-    grad_k1, grad_v1 = tl.zeros([KEYS, FIRST], tl.float32), tl.zeros([KEYS, FIRST], tl.float32)
-    grad_k2, grad_v2 = grad_k1, grad_v1
-    if SECOND:
-        grad_k2, grad_v2 = tl.zeros([KEYS, SECOND], tl.float32), tl.zeros([KEYS, SECOND], tl.float32)
+    k = load(first_k + offset, there, FIRST, SECOND, FEATURES)
+    v = load(first_v + offset, there, FIRST, SECOND, FEATURES)
+    grad_k, grad_v = zeros(KEYS, FIRST, SECOND), zeros(KEYS, FIRST, SECOND)
     for query0 in range(0, length, QUERIES):
         query = query0 + tl.arange(0, QUERIES)
-        inside = query < length
-        row = (start + query) * heads + head
-        q1, q2 = load(first_row + query.to(tl.int64) * row_stride, inside, FIRST, SECOND, FEATURES)
-        g1, g2 = load(grad + row * FEATURES, inside, FIRST, SECOND, FEATURES)
-        log2_total = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
+        inside, row = query < length, (start + query) * heads + head
+        q = load(first_q + query.to(tl.int64) * row_stride, inside, FIRST, SECOND, FEATURES)
+        g = load(grad + row * FEATURES, inside, FIRST, SECOND, FEATURES)
+        # rows past the end have q = g = 0 and add nothing
+        log2_total = tl.load(lse + row, mask=inside, other=0.0) * LOG2_E
         expected = tl.load(delta + row, mask=inside, other=0.0)
-        s = products(k1, k2, q1, q2, SECOND)
-        # keys that are not there are zeros: their sums are not stored, but must not become NaN elsewhere
-        p = tl.exp2(s * scale_log2 - log2_total[None, :])
-        grad_p = products(v1, v2, g1, g2, SECOND)
-        kept = p
-        if DROPOUT:
-            keep = keep_tile_transposed(seed, step, stream, row, (key0 + 15) // 16, least_kept, KEYS)
-            kept = tl.where(keep, p, 0.0)
-            grad_p = tl.where(keep, grad_p, 0.0) * keep_scale
-        grad_v1, grad_v2 = add_product(kept.to(g1.dtype), g1, g2, grad_v1, grad_v2, SECOND)
-        grad_s = (p * (grad_p - expected[None, :])).to(q1.dtype)
-        grad_k1, grad_k2 = add_product(grad_s, q1, q2, grad_k1, grad_k2, SECOND)
-
-    grad_k1, grad_v1 = grad_k1 * scale, grad_v1 * keep_scale
-    if SECOND:
-        grad_k2, grad_v2 = grad_k2 * scale, grad_v2 * keep_scale
+        grad_s, kept = tile_gradients(
+            q, g, expected, log2_total, k, v, key0, length, scale_log2, keep_scale, random, row, DROPOUT, KEYS
+        )
+        grad_v = add_product(grad_v, tl.trans(kept), g)
+        grad_k = add_product(grad_k, tl.trans(grad_s), q)
     target = grad_qkv + ((start + key) * 3 * heads + heads + head) * FEATURES
-    store(target, there, grad_k1, grad_k2, FIRST, SECOND, FEATURES)
-    store(target + heads * FEATURES, there, grad_v1, grad_v2, FIRST, SECOND, FEATURES)
+    store(target, there, grad_k, scale, FIRST, SECOND, FEATURES)
+    store(target + heads * FEATURES, there, grad_v, keep_scale, FIRST, SECOND, FEATURES)

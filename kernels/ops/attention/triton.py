@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mage_fast.kernels import rng, triton_support
 from mage_fast.kernels.ops.attention import _triton_long as long
+from mage_fast.kernels.ops.attention import _triton_short as short
 from mage_fast.kernels.ops.attention._triton_tiles import parts
 from mage_fast.kernels.triton_support import DEVICES
 
@@ -44,12 +45,14 @@ def attention(
     sequences = len(cu_seqlens) - 1
     if not total * heads:
         return out_THD, lse_TH
-    queries, keys, warps = 64, 64, 4
-    long.forward_long[(sequences * heads, triton.cdiv(max_seqlen, queries))](
-        qkv_T3HD, out_THD, lse_TH,
-        *_common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream),
-        queries, keys, num_warps=warps,
-    )  # fmt: skip
+    tensors = (qkv_T3HD, out_THD, lse_TH)
+    common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
+    half = _half(max_seqlen)
+    if half:
+        short.forward_short[(sequences * heads, 1)](*tensors, *common, 64, half, num_warps=4)
+    else:
+        grid = (sequences * heads, triton.cdiv(max_seqlen, 64))
+        long.forward_long[grid](*tensors, *common, 64, 64, num_warps=4)
     return out_THD, lse_TH
 
 
@@ -73,17 +76,25 @@ def attention_backward(
     if not total * heads:
         return grad_qkv_T3HD
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
-    queries, keys, warps = 64, 64, 4
+    half = _half(max_seqlen)
+    if half:
+        short.backward_short[(sequences * heads,)](
+            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, 64, half, num_warps=half // 16
+        )
+        return grad_qkv_T3HD
     delta_TH = torch.empty_like(lse_TH)
-    tiles = triton.cdiv(max_seqlen, queries)
-    long.backward_queries_long[(sequences * heads, tiles)](
-        grad_THD, qkv_T3HD, out_THD, lse_TH, delta_TH, grad_qkv_T3HD, *common, queries, keys, num_warps=warps
+    long.backward_queries_long[(sequences * heads, triton.cdiv(max_seqlen, 64))](
+        grad_THD, qkv_T3HD, out_THD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
     )
-    tiles = triton.cdiv(max_seqlen - 1, keys) + 1
-    long.backward_keys_long[(sequences * heads, tiles)](
-        grad_THD, qkv_T3HD, lse_TH, delta_TH, grad_qkv_T3HD, *common, queries, keys, num_warps=warps
+    long.backward_keys_long[(sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)](
+        grad_THD, qkv_T3HD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
     )
     return grad_qkv_T3HD
+
+
+def _half(max_seqlen: int) -> int:
+    """Half of the keys that a program of the short kernels owns; 0 where sequences are too long for them."""
+    return 64 if max_seqlen <= 129 else 128 if max_seqlen <= 257 else 0
 
 
 def _unit_stride(qkv_T3HD: Tensor) -> Tensor:
