@@ -206,6 +206,22 @@ def add_keys(
 
 
 @triton.jit
+def add_keys_to_one(
+    softmax, q, k, v, key0, length, scale_log2, random, row, DROPOUT: tl.constexpr, KEYS: tl.constexpr
+):
+    """:func:`add_keys` of one query, without a matrix product."""
+    highest, total, values = softmax
+    s = tl.where(key0 + key_order(KEYS) < length, row_products(k, q), float("-inf"))
+    higher = tl.maximum(highest, tl.max(s, 0))
+    shrink = tl.exp2((highest - higher) * scale_log2)
+    p = tl.exp2((s - higher) * scale_log2)
+    total = total * shrink + tl.sum(p, 0)
+    if DROPOUT:
+        p = tl.where(tl.reshape(keep_tile(random, row, key0, KEYS), [KEYS]), p, 0.0)
+    return higher, total, add(scaled(values, shrink[:, None]), weighted_sum(p, v))
+
+
+@triton.jit
 def class_gradients(
     q, grad, expected, log2_total, class_k, class_v, scale_log2, keep_scale, random, row, DROPOUT: tl.constexpr
 ):
@@ -240,3 +256,20 @@ def tile_gradients(
         grad_p = tl.where(keep, grad_p, 0.0) * keep_scale
     grad_s = p * (grad_p - expected[:, None])
     return grad_s.to(q[0].dtype), kept.to(q[0].dtype)
+
+
+@triton.jit
+def gradients_of_one(
+    q, grad, expected, log2_total, k, v, key0, length, scale_log2, keep_scale, random, row,
+    DROPOUT: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """:func:`tile_gradients` of one query, ``[KEYS]`` in float32, without a matrix product."""
+    s = tl.where(key0 + key_order(KEYS) < length, row_products(k, q), float("-inf"))
+    p = tl.exp2(s * scale_log2 - log2_total)
+    grad_p = row_products(v, grad)
+    kept = p
+    if DROPOUT:
+        keep = tl.reshape(keep_tile(random, row, key0, KEYS), [KEYS])
+        kept = tl.where(keep, p, 0.0)
+        grad_p = tl.where(keep, grad_p, 0.0) * keep_scale
+    return p * (grad_p - expected), kept

@@ -47,11 +47,11 @@ def attention(
         return out_THD, lse_TH
     tensors = (qkv_T3HD, out_THD, lse_TH)
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
-    half = _half(max_seqlen)
-    if half:
-        short.forward_short[(sequences * heads, 1)](*tensors, *common, 64, half, num_warps=4)
+    tile = _short_tile(qkv_T3HD, max_seqlen)
+    if tile:
+        short.forward_short[(sequences * heads,)](*tensors, *common, tile, num_warps=tile // 16)
     else:
-        grid = (sequences * heads, triton.cdiv(max_seqlen, 64))
+        grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
         long.forward_long[grid](*tensors, *common, 64, 64, num_warps=4)
     return out_THD, lse_TH
 
@@ -76,25 +76,28 @@ def attention_backward(
     if not total * heads:
         return grad_qkv_T3HD
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
-    half = _half(max_seqlen)
-    if half:
+    tile = _short_tile(qkv_T3HD, max_seqlen)
+    if tile:
         short.backward_short[(sequences * heads,)](
-            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, 64, half, num_warps=half // 16
+            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, tile, num_warps=tile // 16
         )
         return grad_qkv_T3HD
     delta_TH = torch.empty_like(lse_TH)
-    long.backward_queries_long[(sequences * heads, triton.cdiv(max_seqlen, 64))](
+    grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
+    long.backward_queries_long[grid](
         grad_THD, qkv_T3HD, out_THD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
     )
-    long.backward_keys_long[(sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)](
+    long.backward_keys_long[grid](
         grad_THD, qkv_T3HD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
     )
     return grad_qkv_T3HD
 
 
-def _half(max_seqlen: int) -> int:
-    """Half of the keys that a program of the short kernels owns; 0 where sequences are too long for them."""
-    return 64 if max_seqlen <= 129 else 128 if max_seqlen <= 257 else 0
+def _short_tile(qkv_T3HD: Tensor, max_seqlen: int) -> int:
+    """Tokens beside the class token that a program of the short kernels owns; 0 where they do not fit."""
+    if max_seqlen > 129:
+        return 0
+    return 64 if max_seqlen <= 65 else 128
 
 
 def _unit_stride(qkv_T3HD: Tensor) -> Tensor:
