@@ -122,3 +122,38 @@ def uniform(word):
 def gumbel(word):
     """float32 standard Gumbel noise."""
     return -tl.log(-tl.log(uniform(word)))
+
+
+@triton.jit
+def _bytes_kept_in_place(word, least_kept):
+    """Bit 7 of each byte of uint32 words says whether the byte is kept: four bytes compared at a time."""
+    threshold = (least_kept + 128).to(tl.uint32)
+    top = (threshold >> 7) * 0x80808080
+    low_bits_reach = (word | 0x80808080) - (threshold & 0x7F) * 0x01010101
+    # the top bit of byte + 128 is the byte's own, inverted: over the threshold's, or equal and the rest reaches
+    over = (word | top) ^ 0xFFFFFFFF
+    return over | ((word ^ top) & low_bits_reach)
+
+
+@triton.jit
+def keep_probability_bits(seed, step, stream, row, block, least_kept):
+    """:func:`keep_probabilities` with 16 probabilities in an int32, a fifth of its instructions.
+
+    ``row`` and ``block`` broadcast; ``seed`` and ``step`` are loaded. :func:`bit_of_key` says which bit of
+    a block's int32 tells of which key.
+    """
+    w0, w1, w2, w3 = tl.philox(
+        seed, block.to(tl.uint32), row.to(tl.uint32), stream.to(tl.uint32), step.to(tl.uint32)
+    )
+    k0, k1 = _bytes_kept_in_place(w0, least_kept), _bytes_kept_in_place(w1, least_kept)
+    k2, k3 = _bytes_kept_in_place(w2, least_kept), _bytes_kept_in_place(w3, least_kept)
+    k01 = ((k0 & 0x80808080) >> 7) | ((k1 & 0x80808080) >> 6)
+    k23 = ((k2 & 0x80808080) >> 5) | ((k3 & 0x80808080) >> 4)
+    return (k01 | k23).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def bit_of_key():
+    """``[16]``: of a block's int32, the bit of each key."""
+    key = tl.arange(0, 16)
+    return 1 << (8 * (key & 3) + (key >> 2))

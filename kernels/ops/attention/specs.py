@@ -74,8 +74,21 @@ SPECS = (
     Spec("tiny", (5, 5), 2, 8),
     Spec("tiny_varying", (3, 1, 6), 2, 8),
     Spec("tiny_no_dropout", (4, 0, 2), 1, 16, 0.0),
+    Spec("small_encoder", (129,), 1, 64),
+    Spec("small_decoder", (257,), 1, 48),
+    Spec("small_varying", (1, 17, 65, 129, 130), 1, 48),
     Spec("vit_b_encoder_batch4", (129,) * 4, 12, 64),
     Spec("vit_b_decoder_batch4", (257,) * 4, 16, 48),
     Spec("vit_b_unmasked_batch4", (129, 97, 65, 1), 12, 64),
     Spec("vit_l_encoder_batch4", (129,) * 4, 16, 64),
+)
+
+#: A batch of 128 on one GPU; 128 lengths over 1..129 in a fixed order for the encoder without masked tokens.
+GPU_SPECS = (
+    Spec("vit_b_encoder", (129,) * 128, 12, 64),
+    Spec("vit_b_decoder", (257,) * 128, 16, 48),
+    Spec("vit_l_encoder", (129,) * 128, 16, 64),
+    Spec("vit_b_unmasked", tuple(1 + 37 * i % 129 for i in range(128)), 12, 64),
+    Spec("vit_b_encoder_no_dropout", (129,) * 128, 12, 64, 0.0),
+    Spec("vit_b_decoder_no_dropout", (257,) * 128, 16, 48, 0.0),
 )

@@ -1,0 +1,124 @@
+"""Attention in Triton: which kernels run for which lengths, and their launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mage_fast.kernels import rng, triton_support
+from mage_fast.kernels.ops.attention import _triton_long as long
+from mage_fast.kernels.ops.attention import _triton_short as short
+from mage_fast.kernels.ops.attention._triton_tiles import parts
+from mage_fast.kernels.triton_support import DEVICES
+
+__all__ = ["DEVICES", "attention", "attention_backward", "unsupported"]
+MAX_HEAD_FEATURES = 128
+
+
+def unsupported(function: str, *args: Any) -> str | None:
+    """Why these arguments go to the reference."""
+    qkv_T3HD = args[0] if function == "attention" else args[1]
+    softmax_scale = args[3] if function == "attention" else args[6]
+    if qkv_T3HD.shape[-1] > MAX_HEAD_FEATURES:
+        return f"heads have {qkv_T3HD.shape[-1]} features, the kernels take {MAX_HEAD_FEATURES}"
+    if softmax_scale < 0:
+        return "the kernels take the maximum of scores before scaling, and softmax_scale is negative"
+    return triton_support.unsupported(function, *args)
+
+
+def attention(
+    qkv_T3HD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout: float,
+    rng_state: Tensor | None,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    total, _, heads, features = qkv_T3HD.shape
+    qkv_T3HD = _unit_stride(qkv_T3HD)
+    out_THD = qkv_T3HD.new_empty((total, heads, features))
+    lse_TH = qkv_T3HD.new_empty((total, heads), dtype=torch.float32)
+    sequences = len(cu_seqlens) - 1
+    if not total * heads:
+        return out_THD, lse_TH
+    tensors = (qkv_T3HD, out_THD, lse_TH)
+    common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
+    tile = _short_tile(qkv_T3HD, max_seqlen)
+    if tile:
+        short.forward_short[(sequences * heads,)](*tensors, *common, tile, num_warps=tile // 16)
+    else:
+        grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
+        long.forward_long[grid](*tensors, *common, 64, 64, num_warps=4)
+    return out_THD, lse_TH
+
+
+def attention_backward(
+    grad_THD: Tensor,
+    qkv_T3HD: Tensor,
+    out_THD: Tensor,
+    lse_TH: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout: float,
+    rng_state: Tensor | None,
+    stream: int,
+) -> Tensor:
+    total, _, heads, features = qkv_T3HD.shape
+    grad_qkv_T3HD = torch.empty_like(qkv_T3HD, memory_format=torch.contiguous_format)
+    qkv_T3HD = _unit_stride(qkv_T3HD)
+    grad_THD, out_THD, lse_TH = grad_THD.contiguous(), out_THD.contiguous(), lse_TH.contiguous()
+    sequences = len(cu_seqlens) - 1
+    if not total * heads:
+        return grad_qkv_T3HD
+    common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
+    tile = _short_tile(qkv_T3HD, max_seqlen)
+    if tile:
+        short.backward_short[(sequences * heads,)](
+            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, tile, num_warps=tile // 16
+        )
+        return grad_qkv_T3HD
+    delta_TH = torch.empty_like(lse_TH)
+    grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
+    long.backward_queries_long[grid](
+        grad_THD, qkv_T3HD, out_THD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
+    )
+    long.backward_keys_long[grid](
+        grad_THD, qkv_T3HD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
+    )
+    return grad_qkv_T3HD
+
+
+def _short_tile(qkv_T3HD: Tensor, max_seqlen: int) -> int:
+    """Tokens beside the class token that a program of the short kernels owns; 0 where they do not fit."""
+    if max_seqlen > 129:
+        return 0
+    return 64 if max_seqlen <= 65 else 128
+
+
+def _unit_stride(qkv_T3HD: Tensor) -> Tensor:
+    """Read in place wherever a row's features lie side by side."""
+    return qkv_T3HD if qkv_T3HD.stride(3) == 1 else qkv_T3HD.contiguous()
+
+
+def _common(
+    qkv_T3HD: Tensor,
+    cu_seqlens: Tensor,
+    softmax_scale: float,
+    dropout: float,
+    rng_state: Tensor | None,
+    stream: int,
+) -> tuple:
+    """The kernels' arguments between the tensors and the tile sizes."""
+    _, _, heads, features = qkv_T3HD.shape
+    bits = rng.ATTENTION_BITS
+    return (
+        cu_seqlens.contiguous(), cu_seqlens if rng_state is None else rng_state.contiguous(),
+        *qkv_T3HD.stride()[:3], heads, softmax_scale, stream,
+        rng.least_kept(dropout, bits), rng.keep_scale(dropout, bits), dropout > 0.0,
+        features, *parts(features),
+    )  # fmt: skip
