@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PARTIALS, _COLUMNS = 128, 32
+#: A program's tile: columns that make whole sectors of memory, all the partials if they are few.
+_ELEMENTS, _MOST_PARTIALS = 4096, 128
 
 
 @triton.jit
@@ -34,7 +35,8 @@ def _sum_partials(
 def sum_partials(partials: Tensor, *outputs: Tensor) -> None:
     """Sum float32 ``partials [len(outputs), programs, features]`` over programs into one or two outputs."""
     _, count, features = partials.shape
-    grid = (triton.cdiv(features, _COLUMNS), len(outputs))
-    _sum_partials[grid](
-        partials, outputs[0], outputs[-1], count, features, _PARTIALS, _COLUMNS, num_warps=8
-    )  # fmt: skip
+    tile = min(_MOST_PARTIALS, max(4, triton.next_power_of_2(count)))
+    columns = _ELEMENTS // tile
+    _sum_partials[triton.cdiv(features, columns), len(outputs)](
+        partials, outputs[0], outputs[-1], count, features, tile, columns, num_warps=8
+    )

@@ -18,7 +18,7 @@ from mage_fast.kernels.triton_support import DEVICES, unsupported
 
 __all__ = ["DEVICES", "pad_decoder", "pad_decoder_backward", "unsupported"]
 #: What a program of the backward sums over: images one after another, positions side by side.
-_IMAGES, _ROWS = 32, 8
+_IMAGES, _ROWS = 16, 8
 _COLUMNS = 256
 #: A row's uses are one int64: their number above these bits, the sum of their positions below.
 _NUMBER = tl.constexpr(40)
@@ -62,11 +62,12 @@ def _backward(
     position = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (position < positions)[:, None] & (column < features)
+    element = position[:, None] * features + column
     sum_position = tl.zeros([ROWS, COLUMNS], tl.float32)
     for image in range(first, min(first + IMAGES, batch)):
-        entry = tl.cast(image, tl.int64) * positions + position
-        g = tl.load(grad + entry[:, None] * features + column, mask=inside, other=0.0)
-        row = tl.load(source + entry, mask=position < positions, other=0).to(tl.int64)
+        entry = tl.cast(image, tl.int64) * positions
+        g = tl.load(grad + entry * features + element, mask=inside, other=0.0)
+        row = tl.load(source + entry + position, mask=position < positions, other=0).to(tl.int64)
         shown = row >= 0
         number = tl.load(uses + row, mask=shown & (position < positions), other=0) >> _NUMBER
         tl.store(
@@ -79,8 +80,8 @@ def _backward(
         padding = tl.sum(tl.where(shown[:, None], 0.0, g), 0)[None, :]
         partial = tl.cast(tl.program_id(1), tl.int64) * batch + image
         tl.store(partial_padding + partial * features + column, padding, mask=column < features)
-    partial = (tl.program_id(0).to(tl.int64) * positions + position)[:, None]
-    tl.store(partial_position + partial * features + column, sum_position, mask=inside)
+    partial_position += tl.program_id(0).to(tl.int64) * positions * features
+    tl.store(partial_position + element, sum_position, mask=inside)
 
 
 @triton.jit
