@@ -27,25 +27,29 @@ def interleave4(a, b, c, d):
 
 
 @triton.jit
-def _halves_kept(word, least_kept):
-    """Whether the low and the high half of each word are kept, in memory order."""
-    word = word.to(tl.int32, bitcast=True)
-    return ((word << 16) >= (least_kept << 16)).to(tl.int8), (word >= (least_kept << 16)).to(tl.int8)
-
-
-@triton.jit
 def keep_activations(state, stream, block, least_kept):
     """Dropout of activations, 16 bits each: of block numbers ``[..., N]`` (int64), ``[..., 8 N]`` kept?
 
     Element ``e`` of the flattened tensor belongs to block ``e // 8``.
     """
     w0, w1, w2, w3 = philox_blocks(state, stream, block, block >> 32)
-    a0, a1 = _halves_kept(w0, least_kept)
-    b0, b1 = _halves_kept(w1, least_kept)
-    c0, c1 = _halves_kept(w2, least_kept)
-    d0, d1 = _halves_kept(w3, least_kept)
-    even, odd = interleave4(a0, b0, c0, d0), interleave4(a1, b1, c1, d1)
-    return tl.interleave(even, odd) != 0
+    low = interleave4(w0 << 16, w1 << 16, w2 << 16, w3 << 16)
+    bits = tl.interleave(low, interleave4(w0, w1, w2, w3))
+    return bits.to(tl.int32, bitcast=True) >= (least_kept << 16)
+
+
+@triton.jit
+def keep_half_blocks(state, stream, half, least_kept):
+    """The same of half blocks ``[..., N]``: ``[..., 4 N]``. Each draws its whole block.
+
+    For float32, of which a thread reads four in one load: it then holds their bits too.
+    """
+    block = half >> 1
+    w0, w1, w2, w3 = philox_blocks(state, stream, block, block >> 32)
+    second = (half & 1) != 0
+    low, high = tl.where(second, w2, w0), tl.where(second, w3, w1)
+    bits = interleave4(low << 16, low, high << 16, high)
+    return bits.to(tl.int32, bitcast=True) >= (least_kept << 16)
 
 
 @triton.jit
@@ -60,14 +64,36 @@ def keep_elements(state, stream, element, least_kept):
 
 
 @triton.jit
-def keep_rows(state, stream, start, least_kept, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """``[ROWS, COLUMNS]``: which of the elements ``start[r] + c`` are kept.
+def keep_row(
+    state, stream, start, least_kept, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr = 8
+):
+    """``[COLUMNS]``: which of the elements ``start + c`` are kept, ``start`` an int64.
 
-    ALIGNED: every start is a multiple of 8 (and COLUMNS too), which takes an eighth of the work.
+    ALIGNED: the start is a multiple of 8 (and COLUMNS too), which takes an eighth of the work. WIDTH, 8
+    or 4: how many elements a thread should hold side by side, 16 bytes of its other operands.
     """
     if ALIGNED:
-        block = (start >> 3)[:, None] + tl.arange(0, COLUMNS // 8)[None, :]
-        keep = keep_activations(state, stream, block, least_kept)
+        group = start // WIDTH + tl.arange(0, COLUMNS // WIDTH)
+        if WIDTH == 8:
+            keep = keep_activations(state, stream, group, least_kept)
+        else:
+            keep = keep_half_blocks(state, stream, group, least_kept)
+    else:
+        keep = keep_elements(state, stream, start + tl.arange(0, COLUMNS), least_kept)
+    return keep
+
+
+@triton.jit
+def keep_rows(
+    state, stream, start, least_kept, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr = 8
+):
+    """``[ROWS, COLUMNS]``: the same of several rows, ``start[r] + c``."""
+    if ALIGNED:
+        group = (start // WIDTH)[:, None] + tl.arange(0, COLUMNS // WIDTH)[None, :]
+        if WIDTH == 8:
+            keep = keep_activations(state, stream, group, least_kept)
+        else:
+            keep = keep_half_blocks(state, stream, group, least_kept)
     else:
         keep = keep_elements(state, stream, start[:, None] + tl.arange(0, COLUMNS)[None, :], least_kept)
     return keep

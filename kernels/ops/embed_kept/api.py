@@ -127,12 +127,7 @@ def _fake_backward(
     grad: Tensor, ids: Tensor, positions: Tensor, mean: Tensor, rstd: Tensor, word: Tensor, position: Tensor,
     norm_weight: Tensor, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return (
-        torch.empty_like(word),
-        torch.empty_like(position),
-        torch.empty_like(norm_weight),
-        torch.empty_like(norm_weight),
-    )
+    return tuple(x.new_empty(x.shape) for x in (word, position, norm_weight, norm_weight))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

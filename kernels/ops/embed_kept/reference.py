@@ -65,8 +65,8 @@ def embed_kept_backward(
         grad_normed_TD, embedded_TD, weight_D.shape, mean_T1, rstd_T1, weight_D, weight_D, [True] * 3
     )
     position_T = positions_T % position_weight_SD.shape[0]
-    grad_word_VD = torch.zeros_like(word_weight_VD, dtype=accumulate).index_add_(0, ids_T, grad_embedded_TD)
-    grad_position_SD = torch.zeros_like(position_weight_SD, dtype=accumulate)
+    grad_word_VD = grad_embedded_TD.new_zeros(word_weight_VD.shape).index_add_(0, ids_T, grad_embedded_TD)
+    grad_position_SD = grad_embedded_TD.new_zeros(position_weight_SD.shape)
     grad_position_SD.index_add_(0, position_T, grad_embedded_TD)
     return (
         grad_word_VD.to(word_weight_VD.dtype),

@@ -76,8 +76,17 @@ def baseline(
 SPECS = (
     Spec("tiny", 3, 6, 4, 2, 8),
     Spec("tiny_mask_token", 2, 5, 3, 2, 7, mask_token=True),
+    # rows of the published width, few of them: what the interpreter has time for
+    Spec("small_vit_b", 3, 16, 8, 5, 768),
+    Spec("small_vit_b_mask_token", 2, 16, 8, 5, 768, mask_token=True),
     # mask ratio 0.694 on average: 78 of 256 tokens visible, 128 encoded
     Spec("vit_b_batch4", 4, 256, 128, 78, 768),
     Spec("vit_b_unmasked_batch4", 4, 256, 78, 78, 768),
     Spec("vit_l_batch4", 4, 256, 128, 78, 1024),
+)
+#: The decoder's input of a training step on one GPU, batch 128.
+GPU_SPECS = (
+    Spec("vit_b", 128, 256, 128, 78, 768),
+    Spec("vit_b_unmasked", 128, 256, 78, 78, 768),
+    Spec("vit_b_mask_token", 128, 256, 128, 78, 768, mask_token=True),
 )
