@@ -25,6 +25,21 @@ def interleave4(a, b, c, d):
 
 
 @triton.jit
+def words(state, stream, block, row, COUNT: tl.constexpr):
+    """The ``COUNT`` words, uint32, of a row from the start of ``block`` on, in memory order."""
+    w0, w1, w2, w3 = philox_blocks(state, stream, block + tl.arange(0, COUNT // 4), row)
+    return interleave4(w0, w1, w2, w3)
+
+
+@triton.jit
+def word_of_elements(state, stream, element, row):
+    """The word of each element, a block each: for rows that do not start blocks."""
+    w0, w1, w2, w3 = philox_blocks(state, stream, element >> 2, row)
+    which = (element & 3).to(tl.int32)
+    return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+
+
+@triton.jit
 def _halves_kept(word, least_kept):
     """Whether the low and the high half of each word are kept, in memory order."""
     word = word.to(tl.int32, bitcast=True)
