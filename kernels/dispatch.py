@@ -31,6 +31,7 @@ OPS = (
     "bias_gelu",
     "pad_decoder",
     "masked_cross_entropy",
+    "linear_cross_entropy",
     "sample_confident",
     "group_norm_silu",
     "nearest_code",

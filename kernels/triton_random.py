@@ -27,6 +27,21 @@ def interleave4(a, b, c, d):
 
 
 @triton.jit
+def words(state, stream, block, row, COUNT: tl.constexpr):
+    """The ``COUNT`` words, uint32, of a row from the start of ``block`` on, in memory order."""
+    w0, w1, w2, w3 = philox_blocks(state, stream, block + tl.arange(0, COUNT // 4), row)
+    return interleave4(w0, w1, w2, w3)
+
+
+@triton.jit
+def word_of_elements(state, stream, element, row):
+    """The word of each element, a block each: for rows that do not start blocks."""
+    w0, w1, w2, w3 = philox_blocks(state, stream, element >> 2, row)
+    which = (element & 3).to(tl.int32)
+    return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+
+
+@triton.jit
 def keep_activations(state, stream, block, least_kept):
     """Dropout of activations, 16 bits each: of block numbers ``[..., N]`` (int64), ``[..., 8 N]`` kept?
 

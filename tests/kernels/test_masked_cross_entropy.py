@@ -11,8 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mage_fast.kernels import dispatch
+from mage_fast.kernels.ops.masked_cross_entropy.api import masked_cross_entropy
 from mage_fast.kernels.ops.masked_cross_entropy.specs import Spec
-from tests.kernels.suite import OpSuite, Target, few
+from tests.kernels.suite import OpSuite, Target, assert_equal, cotangent, differentiate, few
 
 
 def oracle(logits_NC: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
@@ -25,6 +27,8 @@ def oracle(logits_NC: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.1
 class TestMaskedCrossEntropy(OpSuite):
     op = "masked_cross_entropy"
     oracle = staticmethod(oracle)
+    #: p = exp(logit - lse): half a unit of an lse of 8 is 4 units of p
+    units = 4
     bad = {  # noqa: RUF012
         "logits' rank": (
             {"logits_NC": torch.ones(2, 3, 11)},
@@ -126,3 +130,41 @@ class TestMaskedCrossEntropy(OpSuite):
         (grad,) = torch.autograd.grad(loss, inputs["logits_NC"])
         assert (loss.dtype, grad.dtype) == (torch.float32, narrow)
         assert torch.equal(loss, self.function(target)(**inputs))
+
+    def test_rows_of_a_wider_buffer(self, target: Target) -> None:
+        """The codebook's columns of the whole vocabulary's logits: no copy is needed, no neighbour read."""
+        inputs = Spec("sliced", 5, 16, padding=1).inputs(target.widest, target.device)
+        wide = torch.full((5, 21), math.nan, dtype=target.widest, device=target.device)
+        wide[:, :16] = inputs["logits_NC"].detach()
+        self.check(self.function(target), inputs | {"logits_NC": wide[:, :16].requires_grad_()})
+
+    def test_float16_at_the_tiles_of_the_real_shapes(self, target: Target) -> None:
+        for spec in (Spec("row", 3, 1024, padding=1), Spec("long", 2, 16384 + 9)):
+            self.check(self.function(target), spec.inputs(torch.float16, target.device))
+
+
+def test_addresses_past_2_to_the_31_elements() -> None:
+    """Rows 2**30 elements apart in a buffer of which only the rows are ever touched."""
+    module = dispatch._find("masked_cross_entropy", "triton")
+    if isinstance(module, str):
+        pytest.skip(module)
+    if "cpu" not in module.DEVICES:
+        pytest.skip("Triton is not interpreted")
+    spec = Spec("far", 3, 64)
+    near = spec.inputs(torch.float16)
+    far = torch.empty_strided((3, 64), (2**30, 1), dtype=torch.float16)
+    far.copy_(near["logits_NC"].detach())
+
+    def function(**inputs: Tensor) -> Tensor:
+        return masked_cross_entropy(**inputs, implementation="triton")  # type: ignore[arg-type]
+
+    wanted = differentiate(function, near)
+    assert_equal(differentiate(function, near | {"logits_NC": far.requires_grad_()}), wanted)
+    losses = torch.empty(3)
+    module.row_losses(far.detach(), near["targets_N"], 0.1, losses, None)  # gradients in place
+    torch.testing.assert_close(
+        far.detach().float(),
+        3 * wanted["gradient of logits_NC"].float() / cotangent(losses[0], 0),
+        rtol=1e-2,
+        atol=1e-4,
+    )

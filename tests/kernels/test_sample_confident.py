@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,46 +12,77 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mage_fast.kernels import rng
+from mage_fast.kernels import dispatch, rng
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.kernels.ops.sample_confident.specs import SPECS, Spec
 from mage_fast.kernels.rng import Stream
-from tests.kernels.suite import ExactOpSuite, Target
+from tests.kernels.suite import ExactOpSuite, Target, tensors
 
 MASK = 99
+#: Scores that differ by less are a tie: a few units in the last place of noise of up to 17.
+NEAR = 1e-5
 
 
-def oracle(
+def filtered(logits_C: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf but for the top_k most probable codes, ties with the last included, and of these but for the
+    first whose mass reaches top_p; equal codes in the order of their ids.
+    """
+    ranked = sorted(range(len(logits_C)), key=lambda code: (-float(logits_C[code]), code))
+    if top_k:
+        least = logits_C[ranked[top_k - 1]]
+        ranked = [code for code in ranked if logits_C[code] >= least]
+    p = logits_C[ranked].double().softmax(0)
+    kept = [code for code, before in zip(ranked, (p.cumsum(0) - p).tolist(), strict=True) if before < top_p]
+    return torch.full_like(logits_C, -math.inf).index_copy(0, torch.tensor(kept), logits_C[kept])
+
+
+def perturbed(
     logits_BLC: Tensor,
     ids_BL: Tensor,
-    num_masked_B: Tensor,
     *,
     mask_token_id: int,
     choice_temperature: float,
     rng_state: Tensor,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     guidance_logits_BLC: Tensor | None = None,
     guidance_scale: float = 0.0,
     stream: int = 0,
     first_sample: int = 0,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
+    """Of every token, the codes' scores (the largest is drawn), and of every code, were it drawn, the
+    confidence; on the CPU.
+    """
+    x_BLC = logits_BLC.cpu().to(torch.promote_types(logits_BLC.dtype, torch.float32))
+    batch, length, codes = x_BLC.shape
+    if guidance_logits_BLC is not None:
+        x_BLC = x_BLC + guidance_scale * (x_BLC - guidance_logits_BLC.cpu().to(x_BLC.dtype))
+    x_BLC = x_BLC / temperature
+    if top_k or top_p < 1:
+        unknown_BL = (ids_BL == mask_token_id).cpu()
+        for b, token in unknown_BL.nonzero().tolist():
+            x_BLC[b, token] = filtered(x_BLC[b, token], top_k, top_p)
+    state = rng_state.cpu()
+    noise_BLC = rng.gumbel(
+        state, rng.stream(Stream.SAMPLE_ID, stream), batch, length * codes, first_sample
+    ).view_as(x_BLC)
+    noise_BL = rng.gumbel(state, rng.stream(Stream.SAMPLE_CONFIDENCE, stream), batch, length, first_sample)
+    return x_BLC + noise_BLC, x_BLC.log_softmax(2) + choice_temperature * noise_BL[..., None]
+
+
+def oracle(logits_BLC: Tensor, ids_BL: Tensor, num_masked_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """A loop over samples, and over their unknown tokens in the order of confidence."""
-    wide = torch.promote_types(logits_BLC.dtype, torch.float32)
-    _, length, codes = logits_BLC.shape
+    mask_token_id = options["mask_token_id"]
     sampled, following = ids_BL.clone(), ids_BL.clone()
-    for b, logits_LC in enumerate(logits_BLC.to(wide)):
-        if guidance_logits_BLC is not None:
-            logits_LC = logits_LC + guidance_scale * (logits_LC - guidance_logits_BLC[b].to(wide))
-        logits_LC = logits_LC / temperature
-        row = first_sample + b
-        id_noise = rng.gumbel(rng_state, rng.stream(Stream.SAMPLE_ID, stream), 1, length * codes, row)
-        noise = rng.gumbel(rng_state, rng.stream(Stream.SAMPLE_CONFIDENCE, stream), 1, length, row)[0]
-        drawn_L = (logits_LC + id_noise.view(length, codes)).argmax(1)
-        log_p_L = logits_LC.log_softmax(1)[torch.arange(length), drawn_L]
-        confidence = (log_p_L + choice_temperature * noise).tolist()
-        unknown = [token for token in range(length) if ids_BL[b, token] == mask_token_id]
+    scores_BLC, confidence_BLC = perturbed(logits_BLC, ids_BL, **options)
+    for b, (scores_LC, confidence_LC) in enumerate(zip(scores_BLC, confidence_BLC, strict=True)):
+        drawn = scores_LC.argmax(1).tolist()
+        confidence = [float(confidence_LC[token, code]) for token, code in enumerate(drawn)]
+        unknown = [token for token in range(len(drawn)) if ids_BL[b, token] == mask_token_id]
         for token in unknown:
-            sampled[b, token] = following[b, token] = drawn_L[token]
+            sampled[b, token] = following[b, token] = drawn[token]
         unknown.sort(key=lambda token: (confidence[token], token))
         for token in unknown[: max(1, min(len(unknown) - 1, int(num_masked_B[b])))]:
             following[b, token] = mask_token_id
@@ -62,6 +95,9 @@ class TestSampleConfident(ExactOpSuite):
     bad = {  # noqa: RUF012
         "top_k": ({"top_k": 12}, "top_k is 12, wanted 0 <= top_k <= 11"),
         "top_p": ({"top_p": 0.0}, r"top_p is 0\.0, wanted 0 < top_p <= 1"),
+        "negative top_k": ({"top_k": -1}, "top_k is -1, wanted 0 <= top_k <= 11"),
+        "top_p over 1": ({"top_p": 1.5}, r"top_p is 1\.5, wanted 0 < top_p <= 1"),
+        "top_p of nan": ({"top_p": math.nan}, r"top_p is nan, wanted 0 < top_p <= 1"),
         "temperature": ({"temperature": 0.0}, r"temperature is 0\.0, wanted more than 0"),
         "choice temperature": ({"choice_temperature": math.nan}, "choice_temperature is nan, wanted 0 or"),
         "id": ({"ids_BL": torch.full((2, 6), 12)}, "ids holds 12, wanted 0 <= ids < 11"),
@@ -76,8 +112,30 @@ class TestSampleConfident(ExactOpSuite):
         "device": ({"ids_BL": torch.zeros(2, 6, device="meta").long()}, "ids is on meta, wanted cpu"),
     }
 
-    def specs(self) -> tuple:
-        return tuple(spec for spec in SPECS if spec.batch < 64)  # a loop over 16 million codes is slow
+    def check(self, function: Callable, inputs: dict, layout: Callable = lambda x: x) -> None:
+        """Equal but for near ties: the noise is a logarithm twice, whose last bit libraries differ in."""
+        got, wanted = tensors(function(**inputs)), tensors(self.oracle(**inputs))
+        if all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True)):
+            return
+        scores_BLC, confidence_BLC = perturbed(**inputs)
+        (sampled_BL, following_BL), (wanted_sampled_BL, wanted_following_BL) = (
+            [x.cpu() for x in got],
+            [x.cpu() for x in wanted],
+        )
+        for b, token in (sampled_BL != wanted_sampled_BL).nonzero().tolist():
+            scores = scores_BLC[b, token]
+            assert scores.max() - scores[sampled_BL[b, token]] < NEAR, (b, token)
+        is_masked_BL, wanted_masked_BL = (
+            x == inputs["mask_token_id"] for x in (following_BL, wanted_following_BL)
+        )
+        assert torch.equal(following_BL[~is_masked_BL], sampled_BL[~is_masked_BL])
+        assert torch.equal(is_masked_BL.sum(1), wanted_masked_BL.sum(1))
+        index_BL1 = wanted_sampled_BL.clamp(max=scores_BLC.shape[2] - 1).long()[..., None]
+        confidence_BL = confidence_BLC.gather(2, index_BL1)[..., 0]
+        for b in (is_masked_BL != wanted_masked_BL).any(1).nonzero()[:, 0].tolist():
+            if torch.equal(sampled_BL[b], wanted_sampled_BL[b]):
+                swapped = confidence_BL[b][is_masked_BL[b] != wanted_masked_BL[b]]
+                assert swapped.max() - swapped.min() < NEAR, b
 
     def test_options(self, target: Target) -> None:
         inputs = Spec("options", 3, 5, 7, 4).inputs(target.widest, target.device)
@@ -89,6 +147,75 @@ class TestSampleConfident(ExactOpSuite):
         for batch, length, codes in ((0, 4, 3), (1, 1, 1), (2, 1, 5), (2, 6, 1)):
             inputs = Spec("small", batch, length, codes, 1).inputs(torch.float32, target.device)
             self.check(self.function(target), inputs)
+
+    def test_known_tokens_are_not_read(self, target: Target) -> None:
+        inputs = Spec("known", 2, 6, 9, 3).inputs(torch.float32, target.device)
+        wanted = self.function(target)(**inputs)
+        inputs["logits_BLC"][:, 3:] = math.nan
+        got = self.function(target)(**inputs)
+        assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+    @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (7, 0.3), (12, 0.999), (1, 1.0)])
+    def test_ties(self, target: Target, top_k: int, top_p: float) -> None:
+        """Few distinct logits, two zeros among them, and tokens that are equally sure."""
+        inputs = Spec("ties", 1, 8, 12, 7, top_k, top_p).inputs(torch.float32, target.device)
+        inputs["logits_BLC"] = (inputs["logits_BLC"] / 4).round()  # -0.0 and 0.0, too
+        assert (inputs["logits_BLC"] == 0).any()
+        inputs["logits_BLC"][:, 4:] = inputs["logits_BLC"][:, :4]
+        self.check(self.function(target), inputs | {"choice_temperature": 0.0})
+
+    def test_long_samples(self, target: Target) -> None:
+        inputs = Spec("long", 1, 4096, 8, 90).inputs(torch.float32, target.device)
+        self.check(self.function(target), inputs | {"ids_BL": inputs["ids_BL"].flip(1)})
+
+    def test_counts_out_of_range(self, target: Target) -> None:
+        """None and negative: one token is masked; more than there are: one is decided; nothing unknown."""
+        inputs = Spec("counts", 4, 6, 8, 4).inputs(torch.float32, target.device)
+        inputs["num_masked_B"] = torch.tensor([0, -3, 99, 2], device=target.device)
+        inputs["ids_BL"][3] = 1
+        self.check(self.function(target), inputs)
+        _, following = self.function(target)(**inputs)
+        assert (following == inputs["mask_token_id"]).sum(1).tolist() == [1, 1, 3, 0]
+
+    @pytest.mark.parametrize("tokens", ["int32", "int64"])
+    def test_samples_of_a_larger_run(self, target: Target, tokens: str) -> None:
+        """Sample 1 is a case of its own: Triton compiles a constant for it."""
+        whole = Spec("run", 3, 5, 8, 4).inputs(torch.float32, target.device)
+        whole["ids_BL"] = whole["ids_BL"].to(getattr(torch, tokens))
+        wanted = self.function(target)(**whole)
+        part = {k: x[1:] if k in ("logits_BLC", "ids_BL", "num_masked_B") else x for k, x in whole.items()}
+        got = self.function(target)(**part, first_sample=1)
+        assert all(torch.equal(x, y[1:]) for x, y in zip(got, wanted, strict=True))
+
+
+def triton_interpreted() -> Any:
+    module = dispatch._find("sample_confident", "triton")
+    if isinstance(module, str) or "cpu" not in module.DEVICES:
+        pytest.skip("Triton is not interpreted here")
+    return module
+
+
+def test_addresses_past_2_to_the_31_elements() -> None:
+    """Samples 2**30 elements apart in a buffer of which only their rows are ever touched."""
+    triton_interpreted()
+    near = Spec("far", 3, 4, 8, 3, guidance_scale=1.5).inputs(torch.float16)
+    far = torch.empty_strided((3, 4, 8), (2**30, 8, 1), dtype=torch.float16)
+    for name in ("logits_BLC", "guidance_logits_BLC"):
+        far.copy_(near[name])
+        for got, wanted in zip(
+            sample_confident(**near | {name: far}, implementation="triton"),
+            sample_confident(**near, implementation="triton"),
+            strict=True,
+        ):
+            assert torch.equal(got, wanted)
+
+
+def test_triton_declines_what_does_not_fit_a_tile() -> None:
+    unsupported = triton_interpreted().unsupported
+    rows = torch.empty(1, 4096, 16384, device="meta")
+    assert unsupported("sample_confident", rows) is None
+    assert "at most 16384, got 16385" in unsupported("sample_confident", torch.empty(1, 1, 16385))
+    assert "at most 4096, got 4097" in unsupported("sample_confident", torch.empty(1, 4097, 1))
 
 
 def step(logits: torch.Tensor, ids: torch.Tensor, count: int, seed: int = 0, **options: object) -> tuple:

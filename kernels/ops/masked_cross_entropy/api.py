@@ -58,9 +58,10 @@ def masked_cross_entropy(
     return _masked_cross_entropy(logits_NC, targets_N, label_smoothing, implementation)[0]
 
 
-def _fake(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty((), dtype=dtype), logits.new_empty(targets.shape, dtype=dtype)
+def _fake(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean, each row's log-sum-exp and the number of rows that have a target, at least 1."""
+    loss = logits.new_empty((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    return loss, loss.new_empty(targets.shape), torch.empty_like(loss)
 
 
 def _fake_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
@@ -69,28 +70,27 @@ def _fake_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, targets, ctx.label_smoothing, ctx.implementation = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, lse, targets)
+    _, lse, count = output
+    ctx.mark_non_differentiable(lse, count)
+    ctx.save_for_backward(logits, lse, count, targets)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
-    logits, lse, targets = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     grad_logits = _masked_cross_entropy_backward(
-        grad, logits, lse, targets, ctx.label_smoothing, ctx.implementation
+        grad, *ctx.saved_tensors, ctx.label_smoothing, ctx.implementation
     )
     return grad_logits, None, None, None
 
 
 _masked_cross_entropy = library.define(
     "masked_cross_entropy(Tensor logits, Tensor targets, float label_smoothing, str implementation) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 _masked_cross_entropy_backward = library.define(
-    "masked_cross_entropy_backward(Tensor grad, Tensor logits, Tensor lse, Tensor targets, "
+    "masked_cross_entropy_backward(Tensor grad, Tensor logits, Tensor lse, Tensor count, Tensor targets, "
     "float label_smoothing, str implementation) -> Tensor",
     fake=_fake_backward,
 )

@@ -58,7 +58,7 @@ def _filter(logits_BLC: Tensor, top_k: int, top_p: float) -> Tensor:
         least = logits_BLC.topk(top_k, 2).values[..., -1:]
         logits_BLC = logits_BLC.masked_fill(logits_BLC < least, float("-inf"))
     if top_p < 1.0:
-        ordered, order = logits_BLC.sort(2, descending=True)
+        ordered, order = logits_BLC.sort(dim=2, descending=True, stable=True)
         p = ordered.softmax(2)
         outside = p.cumsum(2) - p >= top_p  # mass before this code; the most probable one always stays
         logits_BLC = logits_BLC.masked_fill(

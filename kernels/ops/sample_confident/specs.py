@@ -14,13 +14,16 @@ from mage_fast.kernels.roofline import PHILOX_BLOCK, Direction, Work
 
 @dataclass(frozen=True)
 class Spec:
-    """Batch, tokens, codes and how many tokens are unknown."""
+    """Batch, tokens, codes, how many tokens are unknown, and what is on."""
 
     name: str
     batch: int
     length: int
     codes: int
     unknown: int
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance_scale: float = 0.0
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
         generator = torch.Generator().manual_seed(0)
@@ -28,14 +31,23 @@ class Spec:
         ids = torch.randint(self.codes, (self.batch, self.length), generator=generator)
         ids[:, : self.unknown] = mask_token_id
         logits = 3 * torch.randn(self.batch, self.length, self.codes, generator=generator)
-        return {
+        arguments = {
             "logits_BLC": logits.to(device, dtype),
             "ids_BL": ids.to(device),
             "num_masked_B": torch.full((self.batch,), self.unknown // 2, device=device),
             "mask_token_id": mask_token_id,
             "choice_temperature": 3.0,
             "rng_state": rng.new_state(0, device=device),
+            "top_k": self.top_k,
+            "top_p": self.top_p,
         }
+        if self.guidance_scale:
+            guidance = 3 * torch.randn(logits.shape, generator=generator)
+            arguments |= {
+                "guidance_logits_BLC": guidance.to(device, dtype),
+                "guidance_scale": self.guidance_scale,
+            }
+        return arguments
 
     def work(self, dtype: torch.dtype, direction: Direction) -> Work:
         assert direction == "fwd"
@@ -96,7 +108,21 @@ def invariant(inputs: dict[str, Any], outputs: list[Tensor]) -> list[Tensor]:
 SPECS = (
     Spec("tiny", 2, 6, 11, 4),
     Spec("tiny_one_unknown", 3, 4, 8, 1),
+    Spec("tiny_filtered", 2, 5, 12, 5, top_k=6, top_p=0.8, guidance_scale=1.5),
+    # the tiles of the real shapes, few tokens
+    Spec("small_codebook", 2, 70, 1024, 60),
+    Spec("small_filtered", 1, 40, 1024, 30, top_k=100, top_p=0.9),
+    Spec("small_odd", 1, 30, 1023, 20),
     Spec("first_step_batch8", 8, 256, 1024, 256),
     Spec("middle_step_batch8", 8, 256, 1024, 128),
+)
+#: A step of 64 samples: nothing known, half known, and with each option on.
+GPU_SPECS = (
     Spec("first_step_batch64", 64, 256, 1024, 256),
+    Spec("middle_step_batch64", 64, 256, 1024, 128),
+    Spec("top_k_batch64", 64, 256, 1024, 256, top_k=100),
+    Spec("filtered_batch64", 64, 256, 1024, 256, top_k=100, top_p=0.9),
+    Spec("guided_batch64", 64, 256, 1024, 256, guidance_scale=1.5),
+    Spec("codebook_16384", 8, 1024, 16384, 1024),
+    Spec("codebook_16384_filtered", 8, 1024, 16384, 1024, top_k=100, top_p=0.9),
 )
