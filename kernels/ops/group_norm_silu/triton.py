@@ -28,8 +28,8 @@ __all__ = ["DEVICES", "group_norm_silu", "group_norm_silu_backward", "unsupporte
 _TILE = 2048
 #: Tiles of a chunk; small maps have few chunks, and are cut finer.
 _STEPS, _SMALL_STEPS, _SMALL_PIXELS = 16, 4, 4096
-#: Elements that a program of a small map holds, at most.
-_WHOLE = 16384
+#: Bytes of a small map that a program holds, at most, and bytes of a pixel that it reads, at least.
+_WHOLE, _SECTOR = 32768, 32
 #: The longer side of a tile along the memory: channels of channels_last, pixels of contiguous maps.
 _CHANNELS, _PIXELS = 128, 512
 
@@ -260,13 +260,14 @@ class _Plan:
         group_channels = triton.next_power_of_2(self.group_channels)
         self.group_tile = (self.group_channels, max(1, 1024 // group_channels), group_channels)
 
-        # small maps: 32 channels of whole groups a program, or 16, which are 32 bytes
+        # small maps: 32 channels of whole groups a program if they fit
+        size = x_NCHW.element_size()
         held = triton.next_power_of_2(self.pixels) * group_channels
         groups = min(triton.next_power_of_2(num_groups), max(1, 32 // group_channels))
-        while groups > 1 and groups * held > _WHOLE:
+        while groups > 1 and groups * held * size > _WHOLE:
             groups //= 2
-        wide = groups * self.group_channels >= 16 or groups >= num_groups
-        self.whole = groups * held <= _WHOLE and (wide or not channels_last)
+        wide = groups * self.group_channels * size >= _SECTOR or groups >= num_groups
+        self.whole = groups * held * size <= _WHOLE and (wide or not channels_last)
         self.whole_warps = min(max(groups * held // 1024, 4), 16)
         self.whole_grid = (triton.cdiv(num_groups, groups), self.images)
         self.whole_tile = (
