@@ -334,7 +334,7 @@ _BEGIN, _END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
 
 def markdown(rows: list[Compiled], arch: int = 90) -> str:
     """The kernels on one architecture in bfloat16 (or their only dtype): a row a kernel and tile, at the
-    real shape of the most programs. What the other dtypes and architectures give stands below in one line each.
+    real shape of the most programs. The other dtypes and architectures have a line each below.
     """
     tiles: dict[tuple, Compiled] = {}
     for row in rows:

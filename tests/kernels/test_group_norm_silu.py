@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mage_fast.kernels import dispatch
 from mage_fast.kernels.ops.group_norm_silu.specs import Spec
 from tests.kernels.suite import TOLERANCE, OpSuite, Target, assert_as_good, cast, differentiate, few
 
@@ -70,6 +71,16 @@ class TestGroupNormSilu(OpSuite):
     ) -> None:
         spec = Spec("drawn", images, groups * width, size, groups, channels_last)
         self.check(self.function(target), spec.inputs(target.widest, target.device))
+
+    def test_maps_that_no_program_holds(
+        self, target: Target, tiny: Spec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Large maps take another way through the kernels; on these each step of it is one program."""
+        if target.implementation == "triton":
+            monkeypatch.setattr(dispatch._find("group_norm_silu", "triton"), "_WHOLE", 0)
+        self.check(self.function(target), tiny.inputs(target.widest, target.device))
+        inputs = Spec("odd", 2, 15, 9, 3, tiny.channels_last).inputs(target.widest, target.device)
+        self.check(self.function(target), inputs)
 
     def test_rectangles(self, target: Target) -> None:
         inputs = Spec("square", 2, 4, 6, 2).inputs(target.widest, target.device)

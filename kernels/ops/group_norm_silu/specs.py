@@ -54,9 +54,10 @@ def baseline(x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, *, num_groups: in
 SPECS = (
     Spec("tiny", 2, 6, 3, num_groups=3),
     Spec("tiny_contiguous", 2, 8, 5, num_groups=4, channels_last=False),
-    # whole tiles and a part of one; groups of 5 channels; both formats
-    Spec("small", 1, 128, 12),
-    Spec("small_three_channel_blocks", 1, 320, 5, num_groups=64),
+    # held whole; groups of 5 channels; several chunks and blocks of channels, in both formats
+    Spec("small_whole", 1, 128, 12),
+    Spec("small_groups_of_5", 1, 320, 5, num_groups=64),
+    Spec("small_chunks", 1, 40, 33, num_groups=10),
     Spec("small_contiguous", 1, 20, 72, num_groups=4, channels_last=False),
     # one for each resolution of the encoder, widths 128 * (1, 1, 2, 2, 4)
     Spec("level0_batch1", 1, 128, 256),

@@ -8,7 +8,8 @@ pixel, too few to be read alone. So the forward reads the map twice and writes i
 2. ``_group_statistics``: these combined over chunks and over the channels of a group,
 3. ``_apply``: the normalised activations.
 
-The backward does the same with the two sums that its group means need. Nothing is added atomically.
+The backward does the same with the two sums that its group means need. Nothing is added atomically. Of a
+small map a program holds whole groups in registers (``_triton_whole.py``): one launch and one read.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mage_fast.kernels.ops.group_norm_silu._triton_whole import grad_before_silu, whole, whole_backward
 from mage_fast.kernels.ops.group_norm_silu.reference import memory_format
 from mage_fast.kernels.triton_support import DEVICES, unsupported
 
@@ -26,6 +28,8 @@ __all__ = ["DEVICES", "group_norm_silu", "group_norm_silu_backward", "unsupporte
 _TILE = 2048
 #: Tiles of a chunk; small maps have few chunks, and are cut finer.
 _STEPS, _SMALL_STEPS, _SMALL_PIXELS = 16, 4, 4096
+#: Bytes of a small map that a program holds, at most, and bytes of a pixel that it reads, at least.
+_WHOLE, _SECTOR = 32768, 32
 #: The longer side of a tile along the memory: channels of channels_last, pixels of contiguous maps.
 _CHANNELS, _PIXELS = 128, 512
 
@@ -150,14 +154,6 @@ def _apply(
 
 
 @triton.jit
-def _grad_y(grad, x_hat, weight, bias):
-    """Gradient of y in out = y * sigmoid(y), y = x_hat * weight + bias."""
-    y = x_hat * weight + bias
-    sigmoid = tl.sigmoid(y)
-    return grad.to(tl.float32) * sigmoid * (1.0 + y * (1.0 - sigmoid))
-
-
-@triton.jit
 def _backward_sums(
     grad, x, weight, bias, mean, rstd, partial_bias, partial_weight,
     pixels, channels, stride_pixel, stride_channel,
@@ -178,7 +174,7 @@ def _backward_sums(
         corner += PIXELS * stride_pixel
         x_hat = (tl.load(x + address, mask=inside, other=0.0).to(tl.float32) - mean_C) * rstd_C
         # 0 outside, as the gradient is
-        grad_y = _grad_y(tl.load(grad + address, mask=inside, other=0.0), x_hat, weight_C, bias_C)
+        grad_y = grad_before_silu(tl.load(grad + address, mask=inside, other=0.0), x_hat, weight_C, bias_C)
         sum_bias += grad_y
         sum_weight += grad_y * x_hat
     partial = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * channels + channel
@@ -235,7 +231,7 @@ def _backward_apply(
         address = corner + offset
         corner += PIXELS * stride_pixel
         x_hat = (tl.load(x + address, mask=inside, other=0.0).to(tl.float32) - mean_C) * rstd_C
-        grad_y = _grad_y(tl.load(grad + address, mask=inside, other=0.0), x_hat, weight_C, bias_C)
+        grad_y = grad_before_silu(tl.load(grad + address, mask=inside, other=0.0), x_hat, weight_C, bias_C)
         value = rstd_C * (grad_y * weight_C - mean_grad_C - x_hat * mean_product_C)
         tl.store(grad_x + address, value.to(grad_x.dtype.element_ty), mask=inside)
 
@@ -264,6 +260,20 @@ class _Plan:
         group_channels = triton.next_power_of_2(self.group_channels)
         self.group_tile = (self.group_channels, max(1, 1024 // group_channels), group_channels)
 
+        # small maps: 32 channels of whole groups a program if they fit
+        size = x_NCHW.element_size()
+        held = triton.next_power_of_2(self.pixels) * group_channels
+        groups = min(triton.next_power_of_2(num_groups), max(1, 32 // group_channels))
+        while groups > 1 and groups * held * size > _WHOLE:
+            groups //= 2
+        wide = groups * self.group_channels * size >= _SECTOR or groups >= num_groups
+        self.whole = groups * held * size <= _WHOLE and (wide or not channels_last)
+        self.whole_warps = min(max(groups * held // 1024, 4), 16)
+        self.whole_grid = (triton.cdiv(num_groups, groups), self.images)
+        self.whole_tile = (
+            self.group_channels, triton.next_power_of_2(self.pixels), groups, group_channels
+        )  # fmt: skip
+
     def partials(self, like: Tensor) -> Tensor:
         """Two float32 numbers a channel of every chunk."""
         return like.new_empty((2, self.images, self.chunks, self.channels), dtype=torch.float32)
@@ -279,8 +289,13 @@ def group_norm_silu(
     out_NCHW = torch.empty_like(x_NCHW, memory_format=format)
     mean_NG = x_NCHW.new_empty((plan.images, num_groups), dtype=torch.float32)
     rstd_NG = torch.empty_like(mean_NG)
-    if plan.images:
-        size = (plan.pixels, plan.channels)
+    size = (plan.pixels, plan.channels)
+    if plan.images and plan.whole:
+        whole[plan.whole_grid](
+            x_NCHW, weight_C, bias_C, mean_NG, rstd_NG, out_NCHW, *size, *plan.strides, eps,
+            *plan.whole_tile, num_warps=plan.whole_warps,
+        )  # fmt: skip
+    elif plan.images:
         partials = plan.partials(x_NCHW)
         _statistics[plan.grid](x_NCHW, partials[0], partials[1], *size, *plan.strides, *plan.tile)
         _group_statistics[plan.group_grid](
@@ -310,11 +325,16 @@ def group_norm_silu_backward(
     plan = _Plan(x_NCHW, num_groups)
     grad_x_NCHW = torch.empty_like(x_NCHW, memory_format=format)
     grads_2NC = x_NCHW.new_empty((2, plan.images, plan.channels), dtype=torch.float32)
-    means_2NG = x_NCHW.new_empty((2, plan.images, num_groups), dtype=torch.float32)
-    if plan.images:
-        size = (plan.pixels, plan.channels)
+    size = (plan.pixels, plan.channels)
+    inputs = (grad_NCHW, x_NCHW, weight_C, bias_C, mean_NG.contiguous(), rstd_NG.contiguous())
+    if plan.images and plan.whole:
+        whole_backward[plan.whole_grid](
+            *inputs, grads_2NC[0], grads_2NC[1], grad_x_NCHW, *size, *plan.strides, *plan.whole_tile,
+            num_warps=plan.whole_warps,
+        )  # fmt: skip
+    elif plan.images:
+        means_2NG = x_NCHW.new_empty((2, plan.images, num_groups), dtype=torch.float32)
         partials = plan.partials(x_NCHW)
-        inputs = (grad_NCHW, x_NCHW, weight_C, bias_C, mean_NG.contiguous(), rstd_NG.contiguous())
         _backward_sums[plan.grid](
             *inputs, partials[0], partials[1], *size, *plan.strides, plan.group_channels, *plan.tile
         )
