@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import subprocess
 import sys
 import time
@@ -42,8 +43,8 @@ ROOT = Path(__file__).parent.parent
 STEPS = ("environment", "tests", "gradients", "graphs", "large", "bench", "compile")
 #: At most this share of the whole time for all processes of a step.
 SHARE = dict(environment=0.1, tests=0.3, gradients=0.15, graphs=0.1, large=0.2, bench=0.45, compile=1.0)
-#: Kept for the plots at the end.
-RESERVE_SECONDS = 10
+#: Kept for the plots at the end, and for a process that ran out of time to print what it has.
+RESERVE_SECONDS, LAST_SECONDS = 15, 5
 #: How long an implementation is timed.
 SECONDS = 0.1
 
@@ -110,14 +111,18 @@ def run(process: Process, out: Path, seconds: float) -> str:
     with (out / process.file).open("a", encoding="utf-8") as file:
         file.write(f"\n== {process.step}: {' '.join(process.command[3:])}\n")
         file.flush()
+        running = subprocess.Popen(process.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
-            done = subprocess.run(
-                process.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-            )
+            status = running.wait(seconds)
         except subprocess.TimeoutExpired:
-            file.write(f"== stopped after {seconds:.0f} s\n")
-            return "out of time"
-        return "done" if done.returncode == 0 else f"failed, exit {done.returncode}"
+            running.send_signal(signal.SIGINT)  # it prints what it has
+            try:
+                running.wait(LAST_SECONDS)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()
+            return f"out of time, stopped after {seconds:.0f} s"
+        return "done" if status == 0 else f"failed, exit {status}"
 
 
 def main() -> int:
@@ -140,8 +145,12 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes - RESERVE_SECONDS
     spent = dict.fromkeys(STEPS, 0.0)
     failed = False
-    for process in processes(options.only, options.device, out, options.smoke):
+    waiting = list(processes(options.only, options.device, out, options.smoke))
+    while waiting:
+        process = waiting.pop(0)
         share = 60 * options.minutes * SHARE[process.step] - spent[process.step]
+        # at most twice its part, so that a slow op leaves time for those after it
+        share *= min(1, 2 / (1 + sum(other.step == process.step for other in waiting)))
         seconds = min(end - time.monotonic(), share)
         start = time.monotonic()
         ended = run(process, out, seconds) if seconds > 1 else "no time left"

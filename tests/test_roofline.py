@@ -90,7 +90,8 @@ def test_float32_moves_up_to_twice_as_much(op: str, spec: object) -> None:
     for direction in ("fwd", "bwd")[: len(cases.directions(op))]:
         half, full = (spec.work(dtype, direction) for dtype in (HALF, FULL))  # type: ignore[attr-defined]
         assert spec.work(torch.float16, direction) == half  # type: ignore[attr-defined]
-        assert 1.5 * half.bytes < full.bytes <= 2 * half.bytes  # indices and statistics stay as they are
+        # indices and statistics stay as they are, under autocast the residual stream too
+        assert 1.2 * half.bytes < full.bytes <= 2 * half.bytes
         assert full.flops == half.flops
 
 

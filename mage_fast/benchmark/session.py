@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mage_fast.benchmark import cases, limits, measure, plots, records, tables
+from mage_fast.kernels.roofline import Device
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,31 @@ class Session:
         records.update(self.out, records.complete(measured, self.device))
         ceiling = limits.as_device(measured)
         assert ceiling is not None
-        rows: list[measure.Row] = []
-        for case in track(self.cases(), "bench", console=Console(stderr=True)):
-            try:
-                new = measure.measure(case, ceiling, self.seconds, compiled=self.compiled)
-            except torch.OutOfMemoryError as error:  # the gate's float64 needs the most
-                console.print(f"not measured: {case.name}: {str(error).splitlines()[0]}", markup=False)
-                continue
-            rows += new
-            written = [row.record() for row in new if row.correct is not None]
-            records.update(self.out, records.complete(written, self.device))
         name = records.device_name(self.device)
         console.print(tables.limits(ceiling, f"Measured limits: {name}"))
-        console.print(tables.measured(rows, f"Kernels: {name}"))
-        for remark in tables.remarks(rows):
-            console.print(remark, markup=False, highlight=False)
+        rows: list[measure.Row] = []
+        try:
+            for case in track(self.cases(), "bench", console=Console(stderr=True)):
+                rows += self._measure(case, ceiling, console)
+        finally:  # also where it is stopped
+            console.print(tables.measured(rows, f"Kernels: {name}"))
+            for remark in tables.remarks(rows):
+                console.print(remark, markup=False, highlight=False)
         return {
             "timed": sum(row.timing is not None for row in rows),
             "incorrect": sum(row.correct is False for row in rows),
             "out": str(self.out),
         }
+
+    def _measure(self, case: cases.Case, ceiling: Device, console: Console) -> list[measure.Row]:
+        try:
+            rows = measure.measure(case, ceiling, self.seconds, compiled=self.compiled)
+        except torch.OutOfMemoryError as error:  # the gate's float64 needs the most
+            console.print(f"not measured: {case.name}: {str(error).splitlines()[0]}", markup=False)
+            return []
+        written = [row.record() for row in rows if row.correct is not None]
+        records.update(self.out, records.complete(written, self.device))
+        return rows
 
     def plot(self) -> list[Path]:
         """Draw what the record file holds of this device."""
