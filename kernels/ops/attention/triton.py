@@ -49,7 +49,7 @@ def attention(
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
     tile = _short_tile(qkv_T3HD, max_seqlen)
     if tile:
-        short.forward_short[(sequences * heads,)](*tensors, *common, tile, num_warps=tile // 16)
+        short.forward_short[(sequences * heads,)](*tensors, *common, tile, 64, num_warps=tile // 16)
     else:
         grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
         long.forward_long[grid](*tensors, *common, 64, 64, num_warps=4)
@@ -79,7 +79,7 @@ def attention_backward(
     tile = _short_tile(qkv_T3HD, max_seqlen)
     if tile:
         short.backward_short[(sequences * heads,)](
-            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, tile, num_warps=tile // 16
+            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, tile, 64, num_warps=tile // 16
         )
         return grad_qkv_T3HD
     delta_TH = torch.empty_like(lse_TH)
