@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -31,8 +31,14 @@ from mage_fast.kernels import dispatch
 TOLERANCE = {torch.float64: 1e-13} | {
     dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
-#: Property-based tests: few examples, the same in each run.
-few = settings(max_examples=15, deadline=None, derandomize=True)
+#: Property-based tests: few examples, the same in each run. A parametrised method runs on several instances
+#: of its class, each with the same examples, which is no executor that differs.
+few = settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.differing_executors],
+)
 
 
 @dataclass(frozen=True)
