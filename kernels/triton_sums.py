@@ -17,7 +17,7 @@ _ELEMENTS, _MOST_PARTIALS = 4096, 128
 def _sum_partials(
     partial, first, second, count, features, PARTIALS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     which = tl.program_id(1)
     partial += which.to(tl.int64) * count * features
     total = tl.zeros([PARTIALS, COLUMNS], tl.float32)

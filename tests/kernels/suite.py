@@ -30,7 +30,8 @@ from mage_fast.kernels import dispatch
 TOLERANCE = {torch.float64: 1e-13} | {
     dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
-#: Property-based tests: few examples, the same in each run; a test runs once for each target.
+#: Property-based tests: few examples, the same in each run. A parametrised method runs on several instances
+#: of its class, each with the same examples, which is no executor that differs.
 few = settings(
     max_examples=15,
     deadline=None,

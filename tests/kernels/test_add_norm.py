@@ -97,11 +97,45 @@ class TestAddNorm(OpSuite):
         for name, x in wanted.items():
             torch.testing.assert_close(got[name].float(), x, rtol=1e-2, atol=1e-2)
 
+    @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("features", [768, 20, 7])
+    def test_dropout_bits(self, target: Target, features: int, precision: torch.dtype) -> None:
+        """Ones added to nothing show the mask, forward and backward: bit for bit that of the contract."""
+        inputs: dict[str, Any] = Spec("bits", 3, features, 0.3).inputs(precision, target.device)
+        inputs["branch_TD"] = torch.ones_like(inputs["branch_TD"], requires_grad=True)
+        inputs["residual_TD"] = torch.zeros_like(inputs["residual_TD"])
+        out, _ = self.function(target)(**inputs)
+        (grad,) = torch.autograd.grad(out.sum(), inputs["branch_TD"])
+        keep = rng.keep_mask(inputs["rng_state"], inputs["stream"], out.shape, 0.3)
+        scaled = keep * torch.tensor(rng.keep_scale(0.3, rng.ACTIVATION_BITS), device=target.device)
+        assert torch.equal(out, scaled.to(precision))
+        assert torch.equal(grad, scaled.to(precision))
 
-def test_without_dropout_the_gradients_are_separate() -> None:
-    """Gradients that share memory would be scaled twice by an in-place optimiser or clipping."""
-    inputs = Spec("plain", 3, 4, 0.0).inputs()
-    out, normed = add_norm(**inputs)
-    branch, residual = torch.autograd.grad((out + normed).sum(), [inputs["branch_TD"], inputs["residual_TD"]])
-    assert torch.equal(branch, residual)
-    assert branch.data_ptr() != residual.data_ptr()
+    def test_without_dropout_the_gradients_are_separate(self, target: Target) -> None:
+        """Gradients that share memory would be scaled twice by an in-place optimiser or clipping."""
+        inputs = Spec("plain", 3, 4, 0.0).inputs(device=target.device)
+        out, normed = self.function(target)(**inputs)
+        leaves = [inputs["branch_TD"], inputs["residual_TD"]]
+        branch, residual = torch.autograd.grad((out + normed).sum(), leaves)
+        assert torch.equal(branch, residual)
+        assert branch.data_ptr() != residual.data_ptr()
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_more_than_2_to_the_31_elements(self) -> None:
+        """The last rows of a tensor that 32 bits cannot index are those of the rows alone."""
+        rows, features = 2**31 // 1024 + 2, 1024
+        branch, residual = torch.zeros(2, rows, features, dtype=torch.bfloat16, device="cuda")
+        branch[-2:], residual[-2:] = torch.randn(2, 2, features, device="cuda")
+        weight, bias = torch.randn(2, features, device="cuda")
+        got = add_norm(branch, residual, weight, bias, implementation="triton")
+        wanted = add_norm(branch[-2:], residual[-2:], weight, bias, implementation="triton")
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.equal(a[-2:], b)
+
+    def test_too_many_features_are_declined(self) -> None:
+        triton = pytest.importorskip("mage_fast.kernels.ops.add_norm.triton")
+        row = torch.empty(1, 8192)
+        assert triton.unsupported("add_norm", row, row) is None
+        for branch, residual, most in ((row.half(), row, 4096), (row[:, 1:], row[:, 1:], 2048)):
+            assert triton.unsupported("add_norm", branch, residual).endswith(f"at most {most}")

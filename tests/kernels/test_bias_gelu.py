@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mage_fast.kernels import rng
+from mage_fast.kernels.ops.bias_gelu.api import bias_gelu
 from mage_fast.kernels.ops.bias_gelu.specs import Spec
 from tests.kernels.suite import OpSuite, Target, assert_as_good, differentiate, few
 
@@ -81,3 +82,46 @@ class TestBiasGelu(OpSuite):
         (slope,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(y.detach().cpu(), torch.tensor([[0.0, 0.0, 0.0, 10.0, 100.0]]))
         torch.testing.assert_close(slope.cpu(), torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
+
+    @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("features", [1032, 20, 7])
+    def test_dropout_bits(self, target: Target, features: int, precision: torch.dtype) -> None:
+        """Large inputs pass GELU as they are and show the mask, forward and backward, bit for bit."""
+        x = torch.full((3, features), 8.0, dtype=precision, device=target.device, requires_grad=True)
+        bias, state = torch.zeros_like(x[0]), rng.new_state(5, device=target.device)
+        y = self.function(target)(x_TF=x, bias_F=bias, dropout=0.3, rng_state=state, stream=9)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        keep = rng.keep_mask(state, 9, x.shape, 0.3)
+        assert torch.equal(y != 0, keep)
+        assert torch.equal(grad != 0, keep)
+
+    def test_gelu_is_as_exact_as_float32(self, target: Target) -> None:
+        """Over its whole range, against float64: two units in the last place of x, or of a half."""
+        if target.implementation == "reference":
+            pytest.skip("torch's own, which on a CPU is less exact")
+        x = torch.linspace(-30, 30, 4096, device=target.device)[None].requires_grad_()
+        y = self.function(target)(x_TF=x, bias_F=torch.zeros_like(x[0]))
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        wide = x.detach().double().requires_grad_()
+        exact = F.gelu(wide)
+        (exact_slope,) = torch.autograd.grad(exact.sum(), wide)
+        assert ((y - exact).abs() <= 2**-22 * x.abs().clamp(min=0.5)).all()
+        assert (slope - exact_slope).abs().max() <= 2**-22
+
+    def test_not_finite(self, target: Target) -> None:
+        """Overflow and NaN stay visible."""
+        x = torch.tensor([[torch.inf, torch.nan]], device=target.device, requires_grad=True)
+        y = self.function(target)(x_TF=x, bias_F=torch.zeros(2, device=target.device))
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        assert not y.isfinite().any()
+        assert slope[0, 1].isnan()
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_more_than_2_to_the_31_elements(self) -> None:
+        """The last rows of a tensor that 32 bits cannot index are those of the rows alone."""
+        x = torch.zeros(2**31 // 1024 + 2, 1024, dtype=torch.bfloat16, device="cuda")
+        x[-2:] = torch.randn(2, 1024, device="cuda")
+        bias = torch.randn(1024, device="cuda")
+        got = bias_gelu(x, bias, implementation="triton")[-2:]
+        assert torch.equal(got, bias_gelu(x[-2:], bias, implementation="triton"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,3 +84,26 @@ class TestEmbedKept(OpSuite):
         out.sum().backward()
         assert out.shape == (0, 8)
         assert not arguments["word_weight_VD"].grad.any()
+
+    @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("features", [768, 20, 7])
+    def test_dropout_bits(self, target: Target, features: int, precision: torch.dtype) -> None:
+        """A LayerNorm of scale 0 and shift 1 shows the mask, and so does the shift's gradient."""
+        plan = PlanSpec("bits", 2, 5, (3, 3), (2, 2))
+        inputs = Spec("bits", plan, 9, features, 0.3).inputs(precision, target.device)
+        inputs["norm_weight_D"] = torch.zeros(features, dtype=precision, device=target.device)
+        inputs["norm_bias_D"] = torch.ones_like(inputs["norm_weight_D"], requires_grad=True)
+        x = self.function(target)(**inputs)
+        (grad,) = torch.autograd.grad(x.sum(), inputs["norm_bias_D"])
+        keep = rng.keep_mask(inputs["rng_state"], inputs["stream"], x.shape, 0.3)
+        scale = rng.keep_scale(0.3, rng.ACTIVATION_BITS)
+        assert torch.equal(x, (keep * torch.tensor(scale, device=target.device)).to(precision))
+        torch.testing.assert_close(grad, (keep.sum(0) * scale).to(precision))
+
+    def test_any_positions_in_any_order(self, target: Target) -> None:
+        """The op's own contract is wider than a mask plan's: rows may repeat and need not ascend."""
+        inputs = Spec("any", PlanSpec("any", 3, 7, (4, 7), (3, 4)), 20, 16).inputs(
+            target.widest, target.device
+        )
+        inputs["positions_T"] = torch.tensor([23, 8, 8, 0, 5, 8, 16, 23], device=target.device)
+        self.check(self.function(target), inputs)

@@ -101,15 +101,44 @@ class TestPadDecoder(OpSuite):
     def test_packed_images_of_different_lengths(self, target: Target, index: torch.dtype) -> None:
         """The class row is each image's own, also where a row feeds several positions or none."""
         inputs = {
-            "encoded_TD": torch.randn(6, 4, dtype=torch.float64).to(target.device).requires_grad_(),
+            "encoded_TD": torch.randn(6, 4, dtype=target.widest),
             "source_BS": torch.tensor([[0, -1, 1, 1], [2, -1, -1, -1], [3, 5, -1, 4]], dtype=index),
             "cu_seqlens": torch.tensor([0, 2, 3, 6], dtype=index),
-            "position_weight_SD": torch.randn(4, 4, dtype=torch.float64).requires_grad_(),
+            "position_weight_SD": torch.randn(4, 4, dtype=target.widest),
         }
         inputs = {name: x.detach().to(target.device) for name, x in inputs.items()}
         for name in ("encoded_TD", "position_weight_SD"):
             inputs[name].requires_grad_()
         self.check(self.function(target), inputs)
+
+    def test_shared_rows(self, target: Target) -> None:
+        """Images without rows of their own pad with the next image's class row; rows feed far positions."""
+        source = torch.full((3, 300), -1)
+        source[2, [0, 7, 280, 299]] = torch.tensor([0, 1, 1, 2])
+        source[0, 290] = 2
+        inputs = {
+            "encoded_TD": torch.randn(4, 5, dtype=target.widest),
+            "source_BS": source,
+            "cu_seqlens": torch.tensor([0, 0, 0, 4]),
+            "position_weight_SD": torch.randn(300, 5, dtype=target.widest),
+        }
+        inputs = {name: x.to(target.device) for name, x in inputs.items()}
+        for name in ("encoded_TD", "position_weight_SD"):
+            inputs[name].requires_grad_()
+        self.check(self.function(target), inputs)
+
+    def test_more_than_2_to_the_31_elements(self, target: Target) -> None:
+        """Rows of a tensor that 32 bits cannot index. Only the rows read are ever touched."""
+        rows, features = 2**31 // 768 + 2, 768
+        encoded = torch.empty(rows, features, dtype=torch.float16, device=target.device)
+        encoded[-1] = torch.arange(features, dtype=torch.float16)
+        out = self.function(target)(
+            encoded_TD=encoded,
+            source_BS=torch.tensor([[rows - 1, -1]], device=target.device),
+            cu_seqlens=torch.tensor([rows - 1, rows], device=target.device),
+            position_weight_SD=torch.zeros(2, features, dtype=torch.float16, device=target.device),
+        )
+        assert torch.equal(out[0], encoded[-1:].expand(2, features))
 
     def test_class_row_gradient_sums_its_padded_positions(self, target: Target) -> None:
         """Closed form: with a gradient of ones each row's is the number of positions that show it."""

@@ -80,7 +80,7 @@ SPECS = (
     Spec("tiny", 5, 24),
     Spec("tiny_no_dropout", 7, 16, 0.0),
     # rows of the published width, few of them: what the interpreter has time for
-    Spec("small_vit_b", 6, 768),
+    Spec("small_vit_b", 24, 768),
     Spec("small_vit_b_no_dropout", 5, 768, 0.0),
     Spec("small_unaligned", 2, 1283),
     Spec("vit_b_encoder_batch4", 4 * 129, 768),
@@ -94,5 +94,7 @@ GPU_SPECS = (
     Spec("vit_l_encoder", 128 * 129, 1024),
     Spec("vit_b_encoder_autocast", 128 * 129, 768, autocast=True),
     Spec("vit_b_decoder_autocast", 128 * 257, 768, autocast=True),
+    Spec("huge_autocast", 1024, 1280, autocast=True),
     Spec("widest", 1024, 8192),
+    Spec("widest_autocast", 1024, 4096, autocast=True),
 )

@@ -20,7 +20,7 @@ from mage_fast.kernels.triton_sums import sum_partials
 from mage_fast.kernels.triton_support import DEVICES, multiprocessors
 
 __all__ = ["DEVICES", "add_norm", "add_norm_backward", "unsupported"]
-#: A row is held in registers: of a block of at most 32 warps.
+#: A row is held in registers. Fewer where loads are of two widths or not aligned, which takes more of them.
 _MOST_FEATURES = 8192
 #: Warps of the backward on a multiprocessor, all of them resident: bytes in flight without many partial sums.
 _WARPS = 20
@@ -56,13 +56,12 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_out, grad_normed, out, mean, rstd, weight, grad_branch, grad_residual, partial, rows, state, features,
-    stream, least_kept, scale,
+    grad_out, grad_normed, out, mean, rstd, weight, grad_branch, grad_residual, partial, rows, state,
+    features, stream, least_kept, scale,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     inside = column < features
-    scale_D = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     sum_weight = tl.zeros([COLUMNS], tl.float32)
     sum_bias = tl.zeros([COLUMNS], tl.float32)
     program = tl.program_id(0).to(tl.int64)
@@ -75,7 +74,8 @@ def _backward(
         x = tl.where(inside, (s - tl.load(mean + row)) * inverse, 0.0)
         sum_weight += g * x
         sum_bias += g
-        g *= scale_D
+        # read again for each row, from the cache: held, it costs more registers than it saves
+        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         # through mean and variance, the gradient loses its parts along 1 and along the normalised row
         sum_g, sum_gx = tl.split(tl.sum(tl.join(g, g * x), 0))
         d += inverse * (g - sum_g / features - x * (sum_gx / features))
@@ -90,8 +90,10 @@ def _backward(
 
 def unsupported(function: str, *args: Any) -> str | None:
     features = args[0].shape[-1]
-    if features > _MOST_FEATURES:
-        return f"a row of {features} features does not fit in registers, at most {_MOST_FEATURES}"
+    narrow = 2 if args[0].dtype != args[1].dtype else 1
+    most = _MOST_FEATURES // (narrow if features % 8 == 0 else 4)
+    if features > most:
+        return f"a row of {features} features does not fit in registers, at most {most}"
     return triton_support.unsupported(function, *args)
 
 
@@ -153,7 +155,7 @@ def add_norm_backward(
 
 def _warps(columns: int, elements: int) -> int:
     """Of a program whose threads hold about that many elements of a row each."""
-    return min(32, max(1, columns // (32 * elements)))
+    return min(16, max(1, columns // (32 * elements)))
 
 
 def _dropout_arguments(branch_TD: Tensor, dropout: float, rng_state: Tensor | None, stream: int) -> tuple:

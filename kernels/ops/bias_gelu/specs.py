@@ -14,12 +14,13 @@ from mage_fast.kernels.roofline import Direction, Work, dropout_flops
 
 @dataclass(frozen=True)
 class Spec:
-    """``rows x features`` with a dropout probability."""
+    """``rows x features`` with a dropout probability. ``autocast``: the bias is float32."""
 
     name: str
     rows: int
     features: int
     dropout: float = 0.1
+    autocast: bool = False
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
         generator = torch.Generator().manual_seed(0)
@@ -27,7 +28,7 @@ class Spec:
         bias = 0.1 * torch.randn(self.features, generator=generator)
         return {
             "x_TF": x.to(device, dtype).requires_grad_(),
-            "bias_F": bias.to(device, dtype).requires_grad_(),
+            "bias_F": bias.to(device, torch.float32 if self.autocast else dtype).requires_grad_(),
             "dropout": self.dropout,
             "rng_state": rng.new_state(0, device=device),
             "stream": rng.stream(rng.Stream.MLP_DROPOUT),
@@ -52,9 +53,20 @@ def baseline(x_TF: Tensor, bias_F: Tensor, *, dropout: float, rng_state: Tensor,
 SPECS = (
     Spec("tiny", 5, 24),
     Spec("tiny_no_dropout", 7, 17, 0.0),
+    # rows of the published width, few of them: what the interpreter has time for
+    Spec("small_vit_b", 5, 3072),
+    Spec("small_vit_b_head", 70, 768, 0.0),
     Spec("vit_b_encoder_batch4", 4 * 129, 3072),
     Spec("vit_b_decoder_batch4", 4 * 257, 3072),
     Spec("vit_l_encoder_batch4", 4 * 129, 4096),
     # the head's fully connected layer at the masked rows of a batch of 4: bias and GELU, no dropout
     Spec("vit_b_head_batch4", 4 * 178, 768, 0.0),
+)
+#: The activations of a training step on one GPU, batch 128.
+GPU_SPECS = (
+    Spec("vit_b_encoder", 128 * 129, 3072),
+    Spec("vit_b_decoder", 128 * 257, 3072),
+    Spec("vit_b_encoder_autocast", 128 * 129, 3072, autocast=True),
+    Spec("vit_b_decoder_autocast", 128 * 257, 3072, autocast=True),
+    Spec("vit_b_head", 128 * 178, 768, 0.0),
 )

@@ -92,19 +92,22 @@ def _backward(
     column = first_column + tl.arange(0, COLUMNS)
     shift = tl.load(bias + column, mask=column < features, other=0.0).to(tl.float32)
     sum_bias = tl.zeros([COLUMNS], tl.float32)
-    for offset in range(0, ROWS_SUMMED, ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS_SUMMED + offset + tl.arange(0, ROWS)
+    first_row = tl.program_id(0).to(tl.int64) * ROWS_SUMMED
+    for start in range(first_row, min(first_row + ROWS_SUMMED, rows), ROWS):
+        row = start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (column < features)[None, :]
-        element = row[:, None] * features + column[None, :]
+        element = row.to(tl.int64)[:, None] * features + column[None, :]
         s = tl.load(x + element, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
         grad_y = tl.load(grad + element, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            keep = keep_rows(state, stream, row * features + first_column, least_kept, COLUMNS, ALIGNED, WIDTH)
+            first = row.to(tl.int64) * features + first_column
+            keep = keep_rows(state, stream, first, least_kept, COLUMNS, ALIGNED, WIDTH)
             grad_y = tl.where(keep, grad_y * scale, 0.0)
         grad_s = grad_y * _gelu_slope(s)
         tl.store(grad_x + element, grad_s.to(grad_x.dtype.element_ty), mask=inside)
         sum_bias += tl.sum(grad_s, 0)
-    tl.store(partial_bias + tl.program_id(0) * features + column, sum_bias, mask=column < features)
+    partial_bias += tl.program_id(0).to(tl.int64) * features
+    tl.store(partial_bias + column, sum_bias, mask=column < features)
 
 
 def bias_gelu(x_TF: Tensor, bias_F: Tensor, dropout: float, rng_state: Tensor | None, stream: int) -> Tensor:

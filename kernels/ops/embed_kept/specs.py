@@ -99,8 +99,8 @@ SPECS = (
     Spec("tiny_no_dropout", PlanSpec("tiny", 2, 5, (0, 3), (0, 0)), 9, 8, 0.0),
     # rows of the published width, few of them: what the interpreter has time for
     Spec("small_vit_b", PlanSpec("small", 2, 8, (6, 6), (4, 4)), 12, 768),
-    # [M] in 140 rows: more than one program adds
-    Spec("small_many_masks", PlanSpec("small", 7, 24, (22, 22), (2, 2)), 5, 16),
+    # [M] in 80 rows: more than one program adds
+    Spec("small_many_masks", PlanSpec("small", 4, 24, (22, 22), (2, 2)), 5, 16),
     Spec("vit_b_batch4", PlanSpec("paper_batch4", 4, 256, (178, 178), (128, 128)), 2025, 768),
     Spec("vit_l_batch4", PlanSpec("paper_batch4", 4, 256, (178, 178), (128, 128)), 2025, 1024),
 )

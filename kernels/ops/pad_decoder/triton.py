@@ -62,7 +62,7 @@ def _backward(
     position = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (position < positions)[:, None] & (column < features)
-    element = position[:, None] * features + column
+    element = position[:, None].to(tl.int64) * features + column
     sum_position = tl.zeros([ROWS, COLUMNS], tl.float32)
     for image in range(first, min(first + IMAGES, batch)):
         entry = tl.cast(image, tl.int64) * positions
@@ -134,7 +134,9 @@ def _class_rows(
         while same:
             for start in range(0, partials, PARTIALS):
                 partial = start + tl.arange(0, PARTIALS)[:, None]
-                address = partial_padding + (partial.to(tl.int64) * batch + image) * features + column[None, :]
+                address = (
+                    partial_padding + (partial.to(tl.int64) * batch + image) * features + column[None, :]
+                )
                 some = tl.load(address, mask=(partial < partials) & inside[None, :], other=0.0)
                 total += tl.sum(some, 0)
             image += 1
