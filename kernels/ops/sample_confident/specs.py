@@ -110,9 +110,9 @@ SPECS = (
     Spec("tiny_one_unknown", 3, 4, 8, 1),
     Spec("tiny_filtered", 2, 5, 12, 5, top_k=6, top_p=0.8, guidance_scale=1.5),
     # the tiles of the real shapes, few tokens
-    Spec("small_codebook", 2, 70, 1024, 60),
-    Spec("small_filtered", 1, 40, 1024, 30, top_k=100, top_p=0.9),
-    Spec("small_odd", 1, 30, 1023, 20),
+    Spec("small_codebook", 2, 12, 1024, 9),
+    Spec("small_filtered", 1, 9, 1024, 7, top_k=100, top_p=0.9),
+    Spec("small_odd", 1, 9, 1023, 7),
     Spec("first_step_batch8", 8, 256, 1024, 256),
     Spec("middle_step_batch8", 8, 256, 1024, 128),
 )

@@ -101,6 +101,8 @@ def _draw(
             inside_nucleus = (x > least) | ((x == least) & (before < mass))
             x = tl.where(inside_nucleus, x, float("-inf"))
             e = tl.where(inside_nucleus, e, 0.0)
+        # before the noise, so that its registers are free by then
+        log_sum = tl.log(tl.sum(e, 0))
         first_word = position * CODES
         if CODES % 4 == 0:
             word = words(state, stream, first_word // 4, first_sample + sample, TILE)
@@ -109,7 +111,7 @@ def _draw(
         # a row of NaN draws some code, never one outside the codebook
         drawn = tl.minimum(tl.argmax(x + gumbel(word), 0), CODES - 1)
         score = tl.sum(tl.where(code == drawn, x, 0.0), 0)
-        tl.store(log_p + token, score - highest - tl.log(tl.sum(e, 0)))
+        tl.store(log_p + token, score - highest - log_sum)
         tl.store(sampled + token, drawn.to(sampled.dtype.element_ty))
 
 
