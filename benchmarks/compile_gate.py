@@ -304,19 +304,9 @@ def gate(ops: Iterable[str] = dispatch.OPS, architectures: Iterable[int] = ARCHI
 
 def table(rows: list[Compiled]) -> Table:
     out = Table(
-        "op",
-        "kernel",
-        "dtype",
-        "constants",
-        "sm",
-        "warps",
-        "regs",
-        "spills",
-        "shared",
-        "instr.",
-        "matrix",
+        "op", "kernel", "dtype", "constants", "sm", "warps", "regs", "spills", "shared", "instr.", "matrix",
         "occ.",
-    )
+    )  # fmt: skip
     cells = {}  # rows that differ in nothing that is shown are shown once
     for row in rows:
         matrix = str(row.matrix_instructions) if row.matrix else "-"

@@ -29,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     smoke = config.getoption("--smoke")
-    items[:] = [item for item in items if ("/tiny" in item.name) == smoke]
+    # the small specs are for kernels in the interpreter: neither quick nor real
+    items[:] = [item for item in items if ("/tiny" in item.name) == smoke and "/small" not in item.name]
 
 
 @pytest.fixture(scope="session")
