@@ -171,6 +171,25 @@ def masked_cross_entropy(elements: int, name: str, dtype: torch.dtype, device: s
     return _differ(whole, _run("masked_cross_entropy", name, small, grad), dtype)
 
 
+def linear_cross_entropy(elements: int, name: str, dtype: torch.dtype, device: str) -> str:
+    features = 16 if elements < 2**31 else 1024
+    rows = elements // features + LAST
+    shared = {
+        "weight_CD": _noise(64, features, dtype=dtype, device=device, grad=False),
+        "bias_C": _noise(64, dtype=dtype, device=device, grad=False),
+    }
+    hidden = _noise(rows, features, dtype=dtype, device=device)
+    targets = torch.full((rows,), -1, device=device)
+    targets[-LAST:] = torch.arange(LAST, device=device)  # the only ones, so the loss is theirs
+    big = {"hidden_ND": hidden, "targets_N": targets} | shared
+    small = {"hidden_ND": _end(hidden), "targets_N": targets[-LAST:]} | shared
+    grad = [torch.ones((), device=device)]
+    whole = _run("linear_cross_entropy", name, big, grad)
+    if bool(whole[1][:-LAST].any()):
+        return "a padding row has a gradient"
+    return _differ(whole, _run("linear_cross_entropy", name, small, grad), dtype)
+
+
 def group_norm_silu(elements: int, name: str, dtype: torch.dtype, device: str) -> str:
     channels, size = (64, 4) if elements < 2**31 else (128, 256)
     shape = (elements // (channels * size**2) + LAST, channels, size, size)
@@ -206,6 +225,6 @@ CHECKS: dict[str, Callable[[int, str, torch.dtype, str], str]] = {
     function.__name__: function
     for function in (
         *(philox, bias_gelu, add_norm, attention, pad_decoder, embed_kept, masked_cross_entropy),
-        *(group_norm_silu, nearest_code, sample_confident),
+        *(linear_cross_entropy, group_norm_silu, nearest_code, sample_confident),
     )
 }

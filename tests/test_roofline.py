@@ -12,6 +12,7 @@ from mage_fast.kernels.ops.attention.specs import Spec as Attention
 from mage_fast.kernels.ops.bias_gelu.specs import Spec as BiasGelu
 from mage_fast.kernels.ops.embed_kept.specs import Spec as EmbedKept
 from mage_fast.kernels.ops.group_norm_silu.specs import Spec as GroupNorm
+from mage_fast.kernels.ops.linear_cross_entropy.specs import Spec as LinearCrossEntropy
 from mage_fast.kernels.ops.mask_plan.specs import Spec as MaskPlan
 from mage_fast.kernels.ops.masked_cross_entropy.specs import Spec as CrossEntropy
 from mage_fast.kernels.ops.nearest_code.specs import Spec as NearestCode
@@ -52,6 +53,17 @@ COUNTED = [
     (PadDecoder("", 3, 6, 4, 2, 8, mask_token=True), HALF, "bwd", 21 * 16 + 100, (15 + 7 + 1) * 16, 336),
     (CrossEntropy("", 6, 11, padding=2), HALF, "fwd", 4 * 22 + 48, 4 + 24, 4 * 11 * 5),
     (CrossEntropy("", 6, 11, padding=2), HALF, "bwd", 4 * 22 + 4 * 4 + 48 + 4, 6 * 22, 4 * 11 * 4),
+    # 3 rows of 8 with a target, 5 x (8 + 1) parameters, 4 targets -> 2 float32; 2 x 3 x 5 x 8 operations
+    (LinearCrossEntropy("", 4, 8, 5, padding=1), HALF, "fwd", 48 + 90 + 32, 8, 240),
+    (LinearCrossEntropy("", 4, 8, 5, padding=1), HALF, "bwd", 48 + 90 + 32 + 8, 64 + 10, 240),
+    (
+        *(LinearCrossEntropy("", 4, 8, 5, padding=1, weight_learns=True), HALF, "bwd"),
+        *(48 + 90 + 32 + 8, 64 + 10 + 80, 480),
+    ),
+    # the residual stream and the parameters stay float32
+    (AddNorm("", 5, 24, 0.0, autocast=True), HALF, "fwd", 120 * 6 + 2 * 96, 120 * 6 + 40, 120 * 9),
+    (AddNorm("", 5, 24, 0.0, autocast=True), HALF, "bwd", 120 * 10 + 96 + 40, 120 * 6 + 2 * 96, 120 * 14),
+    (Sample("", 2, 6, 11, 4, guidance_scale=1.5), HALF, "fwd", 2 * 8 * 22 + 14 * 8, 2 * 96, 3212),
     # logits of 2 x 4 unknown tokens, 12 ids and 2 counts of 8 bytes; 24.5 + 12 operations a code
     (Sample("", 2, 6, 11, 4), HALF, "fwd", 8 * 22 + 14 * 8, 2 * 96, 3212),
     (GroupNorm("", 2, 6, 3, num_groups=3), HALF, "fwd", 216 + 24, 216 + 48, 108 * 12),

@@ -50,14 +50,17 @@ class Spec:
         }
 
     def work(self, dtype: torch.dtype, direction: Direction) -> Work:
-        e, elements = dtype.itemsize, self.rows * self.features
+        elements, e = self.rows * self.features, dtype.itemsize
+        wide = max(4, e) if self.autocast else e  # the residual stream and the parameters
         statistics, drops = 2 * self.rows * statistic_bytes(dtype), dropout_flops(elements, self.dropout)
         if direction == "fwd":
             # reads branch, residual, weight, bias; writes sum, normed, mean, rstd
-            read, written = 2 * (elements + self.features) * e, 2 * elements * e + statistics
+            both = elements * (e + wide)
+            read, written = both + 2 * self.features * wide, both + statistics
             return Work(read, written, elements * (1 + NORM) + drops)
         # reads two grads, sum, weight, mean, rstd; writes the grads of branch, residual, weight, bias
-        read, written = (3 * elements + self.features) * e + statistics, 2 * (elements + self.features) * e
+        read = elements * (2 * wide + e) + self.features * wide + statistics
+        written = elements * (e + wide) + 2 * self.features * wide
         return Work(read, written, elements * (1 + NORM_BACKWARD) + drops)
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mage_fast.kernels.roofline import Direction, Work, statistic_bytes
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -38,6 +40,19 @@ class Spec:
             "targets_N": targets.to(device),
             "label_smoothing": self.label_smoothing,
         }
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> Work:
+        rows, e, f = self.rows - self.padding, dtype.itemsize, statistic_bytes(dtype)
+        weights = self.classes * (self.features + 1) * e
+        product = 2 * rows * self.classes * self.features
+        # rows with a target, weight, bias, targets -> loss, count; one product
+        forward = Work(rows * self.features * e + weights + 8 * self.rows, 2 * f, product, matrix=True)
+        if direction == "fwd":
+            return forward
+        # the same again -> grads of every row, of the bias, of the weight if it learns: d W and d^T x
+        written = (self.rows * self.features + self.classes) * e
+        written += self.classes * self.features * e if self.weight_learns else 0
+        return Work(forward.read_bytes + 2 * f, written, product * (1 + self.weight_learns), matrix=True)
 
 
 def baseline(

@@ -52,10 +52,11 @@ class Spec:
     def work(self, dtype: torch.dtype, direction: Direction) -> Work:
         assert direction == "fwd"
         scores, tokens = self.batch * self.unknown * self.codes, self.batch * self.length
-        # logits of the unknown tokens, int64 ids and counts -> sampled and next ids
-        read, written = scores * dtype.itemsize + 8 * (tokens + self.batch), 2 * 8 * tokens
+        # logits of the unknown tokens, once more where guided, int64 ids and counts -> sampled and next ids
+        logits = scores * dtype.itemsize * (2 if self.guidance_scale else 1)
         # a code: a random word, its noise -log -log u (6), the noisy argmax (2), the softmax's sum (4)
-        return Work(read, written, round(scores * (PHILOX_BLOCK / 4 + 12)))
+        flops = round(scores * (PHILOX_BLOCK / 4 + 12))
+        return Work(logits + 8 * (tokens + self.batch), 2 * 8 * tokens, flops)
 
 
 def baseline(
