@@ -90,7 +90,8 @@ def cases() -> list[Case]:
             continue
         _module(op, "api")  # registers the op
         specs = _module(op, "specs")
-        names = sorted({module.name for module in pkgutil.iter_modules([str(folder)])} - {"api", "specs"})
+        modules = {module.name for module in pkgutil.iter_modules([str(folder)]) if module.name[0] != "_"}
+        names = sorted(modules - {"api", "specs"})
         names += ["torch"] if hasattr(specs, "baseline") else []
         directions = ["fwd"] + ["fwd+bwd"] * hasattr(torch.ops.mage_fast, f"{op}_backward")
         found += [Case(op, *rest) for rest in product(specs.SPECS, names, directions)]

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype) -> Iterator[L
     floating = "dtype" in spec.inputs.__annotations__
     mode = FakeTensorMode()
     inputs = _fake(mode, spec.inputs(dtype=dtype) if floating else spec.inputs())
-    with mode, _ThroughToTriton(), _recorded(records):
+    with mode, _ThroughToTriton(), _recorded(records), suppress(dispatch.Unsupported):
         outputs = public(**inputs, implementation="triton")
         outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
         leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
