@@ -150,7 +150,9 @@ class TestAttention(OpSuite):
         for start, end in pairwise(inputs["cu_seqlens"].tolist()):
             qkv = inputs["qkv_T3HD"].detach()[start:end].requires_grad_()
             out = self.function(target)(
-                qkv_T3HD=qkv, cu_seqlens=inputs["cu_seqlens"].new_tensor((0, end - start)), max_seqlen=end - start
+                qkv_T3HD=qkv,
+                cu_seqlens=inputs["cu_seqlens"].new_tensor((0, end - start)),
+                max_seqlen=end - start,
             )
             grad = cotangent(packed["output 0"], 0)[start:end]
             pieces.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
@@ -209,7 +211,7 @@ class TestTritonKernels:
         return forward, calls[0] - forward
 
     def test_work_is_the_sum_over_sequences(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A sequence of n has ceil((n - 1) / 64) tiles of keys, and as many of queries in the long kernels: two
+        """A sequence of n has ceil((n - 1) / 64) tiles of keys, in long kernels as many of queries: two
         products a pair of tiles forward and, with recomputation in two kernels, 3 + 4 backward.
         """
         lengths = (1, 17, 0, 65, 129, 2)
@@ -221,9 +223,10 @@ class TestTritonKernels:
 
     @pytest.mark.parametrize("length", [66, 130])
     def test_addresses_past_two_to_the_31(self, length: int) -> None:
-        """Rows 2**26 elements apart: most of the buffer is memory that nobody touches."""
+        """Rows far apart: most of the buffer is memory that nobody touches."""
         inputs = Spec("far", (length,), 1, 16, 0.0).inputs(torch.float16)
-        stride = 2**26
+        stride = 2**31 // (length - 2) // 8 * 8
+        assert stride * (length - 1) > 2**31
         buffer = torch.empty((length - 1) * stride + 48, dtype=torch.float16)
         far = buffer.as_strided((length, 3, 1, 16), (stride, 16, 16, 1))
         far.copy_(inputs["qkv_T3HD"].detach())
@@ -267,7 +270,8 @@ def _flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
         softcap: float = 0.0, alibi_slopes: Any = None, deterministic: bool = False,
         return_attn_probs: bool = False,
     ) -> Any:  # fmt: skip
-        assert qkv.dim() == 4 and qkv.shape[1] == 3 and cu_seqlens.dtype == torch.int32
+        assert qkv.dim() == 4 and qkv.shape[1] == 3
+        assert cu_seqlens.dtype == torch.int32
         out, lse = _plain(*qkv.unbind(1), cu_seqlens.diff().tolist(), softmax_scale)
         return (out, lse.float(), None) if return_attn_probs else out
 
@@ -277,7 +281,8 @@ def _flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
         max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
         window_size_right: int, softcap: float, alibi_slopes: Any, deterministic: bool, rng_state: Any = None,
     ) -> Tensor:  # fmt: skip
-        assert softmax_lse.shape == (q.shape[1], q.shape[0]) and softmax_lse.is_contiguous()
+        assert softmax_lse.shape == (q.shape[1], q.shape[0])
+        assert softmax_lse.is_contiguous()
         function = partial(_plain, lengths=cu_seqlens_q.diff().tolist(), scale=softmax_scale)
         _, pull = torch.func.vjp(lambda *qkv: function(*qkv)[0], q, k, v)
         for target, grad in zip((dq, dk, dv), pull(dout), strict=True):
@@ -293,7 +298,9 @@ def _xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = SimpleNamespace(from_seqlens=lambda lengths: list(lengths))
 
     def forward(query: Tensor, key: Tensor, value: Tensor, attn_bias: list, p: float, scale: float) -> Any:
-        assert query.shape[0] == 1 and query.dim() == 4 and p == 0.0
+        assert query.shape[0] == 1
+        assert query.dim() == 4
+        assert p == 0.0
         out, lse = _plain(query[0], key[0], value[0], attn_bias, scale)
         return out[None], lse.float()[None]
 
@@ -330,7 +337,8 @@ def test_calls_of_other_packages(package: Callable, monkeypatch: pytest.MonkeyPa
     out, lse = ours.attention(qkv, *arguments)
     wanted_out, wanted_lse = reference.attention(qkv, *arguments)
     torch.testing.assert_close((out, lse), (wanted_out, wanted_lse), rtol=0.02, atol=0.02)
-    assert out.is_contiguous() and lse.is_contiguous()
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
     grad = cotangent(out, 0)
     got = ours.attention_backward(grad, qkv, out, lse, *arguments)
     torch.testing.assert_close(

@@ -31,12 +31,12 @@ def varlen_attn(
     if dropout:
         raise ValueError(f"varlen_attn: dropout is {dropout}, wanted 0")
     q, k, v = qkv_T3HD.unbind(1)
-    return varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+    out = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+    assert isinstance(out, Tensor)
+    return out
 
 
-def flash_attn(
-    qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float
-) -> Tensor:
+def flash_attn(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float) -> Tensor:
     """``flash_attn.flash_attn_varlen_qkvpacked_func``."""
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
@@ -44,7 +44,7 @@ def flash_attn(
 
 
 def xformers(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float) -> Tensor:
-    """``xformers.ops.memory_efficient_attention`` with a block-diagonal mask, which wants lengths on the host."""
+    """``xformers.ops.memory_efficient_attention`` and its mask, which wants lengths on the host."""
     from xformers.ops import fmha
 
     q, k, v = qkv_T3HD[None].unbind(2)

@@ -39,7 +39,9 @@ def attention(
         _peers.segments(_unit_stride(qkv_T3HD), cu_seqlens, max_seqlen), targets, lses, strict=True
     ):
         if q.device.type == "cpu":
-            o, total = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=softmax_scale)
+            o, total = _aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, scale=softmax_scale
+            )
         else:
             o, total, *_ = _aten._scaled_dot_product_flash_attention(
                 q, k, v, 0.0, False, False, scale=softmax_scale

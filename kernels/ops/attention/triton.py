@@ -51,7 +51,9 @@ def attention(
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
     tile = _short_tile(max_seqlen)
     if tile:
-        short.forward_short[(sequences * heads,)](*tensors, *common, tile, 64, num_warps=tile // 16, num_stages=1)
+        short.forward_short[(sequences * heads,)](
+            *tensors, *common, tile, 64, num_warps=tile // 16, num_stages=1
+        )
     else:
         grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
         long.forward_long[grid](*tensors, *common, 64, 64, num_warps=4)
@@ -70,7 +72,7 @@ def attention_backward(
     rng_state: Tensor | None,
     stream: int,
 ) -> Tensor:
-    total, _, heads, features = qkv_T3HD.shape
+    total, _, heads, _ = qkv_T3HD.shape
     grad_qkv_T3HD = torch.empty_like(qkv_T3HD, memory_format=torch.contiguous_format)
     qkv_T3HD = _unit_stride(qkv_T3HD)
     grad_THD, out_THD, lse_TH = grad_THD.contiguous(), out_THD.contiguous(), lse_TH.contiguous()
@@ -81,7 +83,16 @@ def attention_backward(
     tile = _short_tile(max_seqlen)
     if tile:
         short.backward_short[(sequences * heads,)](
-            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, tile, 64, num_warps=tile // 16, num_stages=1
+            grad_THD,
+            qkv_T3HD,
+            out_THD,
+            lse_TH,
+            grad_qkv_T3HD,
+            *common,
+            tile,
+            64,
+            num_warps=tile // 16,
+            num_stages=1,
         )
         return grad_qkv_T3HD
     delta_TH = torch.empty_like(lse_TH)
