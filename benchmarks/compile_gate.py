@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype | None) -> Ite
     records: list[tuple] = []
     mode = FakeTensorMode()
     inputs = _fake(mode, spec.inputs() if dtype is None else spec.inputs(dtype=dtype))
-    with mode, _ThroughToTriton(), _recorded(records):
+    with mode, _ThroughToTriton(), _recorded(records), suppress(dispatch.Unsupported):
         outputs = public(**inputs, implementation="triton")
         outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
         leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]

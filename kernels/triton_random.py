@@ -171,7 +171,7 @@ def _bytes_kept_in_place(word, least_kept):
     threshold = (least_kept + 128).to(tl.uint32)
     top = (threshold >> 7) * 0x80808080
     low_bits_reach = (word | 0x80808080) - (threshold & 0x7F) * 0x01010101
-    # the top bit of byte + 128 is the byte's own, inverted: over the threshold's, or equal and the rest reaches
+    # the byte + 128 has the top bit inverted: it is over the threshold's, or level and the rest reaches
     over = (word | top) ^ 0xFFFFFFFF
     return over | ((word ^ top) & low_bits_reach)
 

@@ -49,9 +49,7 @@ def _forward_class(
         offset = key.to(tl.int64) * row_stride
         k = load(first_k + offset, key < length, FIRST, SECOND, FEATURES)
         v = load(first_v + offset, key < length, FIRST, SECOND, FEATURES)
-        softmax = add_keys_to_one(
-            softmax, q, k, v, key0, length, scale_log2, random, row, DROPOUT, KEYS
-        )
+        softmax = add_keys_to_one(softmax, q, k, v, key0, length, scale_log2, random, row, DROPOUT, KEYS)
     highest, total, values = softmax
     target = out + (start * heads + head) * FEATURES
     store_row(target, values, (keep_scale / total)[:, None], FIRST, SECOND, FEATURES)
@@ -110,7 +108,7 @@ def _backward_class_query(
     o = load_row(out + (start * heads + head) * FEATURES, FIRST, SECOND, FEATURES)
     expected, log2_total = row_products(g, o), tl.load(lse + row) * LOG2_E
     tl.store(delta + row, expected)
-    grad_s, kept = class_gradients(
+    grad_s, _kept = class_gradients(
         q, g, expected, log2_total, class_k, class_v, scale_log2, keep_scale, random, row, DROPOUT
     )
     grad_q = scaled(class_k, grad_s[:, None])
@@ -119,7 +117,7 @@ def _backward_class_query(
         offset = key.to(tl.int64) * row_stride
         k = load(first_k + offset, key < length, FIRST, SECOND, FEATURES)
         v = load(first_v + offset, key < length, FIRST, SECOND, FEATURES)
-        key_grad_s, key_kept = gradients_of_one(
+        key_grad_s, _key_kept = gradients_of_one(
             q, g, expected, log2_total, k, v, key0, length, scale_log2, keep_scale, random, row, DROPOUT, KEYS
         )
         grad_q = add(grad_q, weighted_sum(key_grad_s, k))
@@ -161,7 +159,7 @@ def backward_queries_long(
         expected = row_products(g, load(out + row * FEATURES, inside, FIRST, SECOND, FEATURES))
         tl.store(delta + row, expected, mask=inside)
         log2_total = tl.load(lse + row, mask=inside, other=0.0) * LOG2_E
-        grad_s, kept = class_gradients(
+        grad_s, _kept = class_gradients(
             q, g, expected, log2_total, class_k, class_v, scale_log2, keep_scale, random, row, DROPOUT
         )
         grad_q = scaled(class_k, grad_s[:, None])
@@ -170,8 +168,21 @@ def backward_queries_long(
             offset = key.to(tl.int64) * row_stride
             k = load(first_k + offset, key < length, FIRST, SECOND, FEATURES)
             v = load(first_v + offset, key < length, FIRST, SECOND, FEATURES)
-            tile_grad_s, tile_kept = tile_gradients(
-                q, g, expected, log2_total, k, v, key0, length, scale_log2, keep_scale, random, row, DROPOUT, KEYS
+            tile_grad_s, _tile_kept = tile_gradients(
+                q,
+                g,
+                expected,
+                log2_total,
+                k,
+                v,
+                key0,
+                length,
+                scale_log2,
+                keep_scale,
+                random,
+                row,
+                DROPOUT,
+                KEYS,
             )
             grad_q = add_product(grad_q, tile_grad_s, k)
         target = grad_qkv + ((start + query) * 3 * heads + head) * FEATURES
@@ -257,7 +268,20 @@ def backward_keys_long(
             log2_total = tl.load(lse + row, mask=inside, other=0.0) * LOG2_E
             expected = tl.load(delta + row, mask=inside, other=0.0)
             grad_s, kept = tile_gradients(
-                q, g, expected, log2_total, k, v, key0, length, scale_log2, keep_scale, random, row, DROPOUT, KEYS
+                q,
+                g,
+                expected,
+                log2_total,
+                k,
+                v,
+                key0,
+                length,
+                scale_log2,
+                keep_scale,
+                random,
+                row,
+                DROPOUT,
+                KEYS,
             )
             grad_v = add_product(grad_v, tl.trans(kept), g)
             grad_k = add_product(grad_k, tl.trans(grad_s), q)

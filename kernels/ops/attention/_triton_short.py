@@ -127,20 +127,23 @@ def backward_short(
         offset = key.to(tl.int64) * row_stride
         k = load(first_k + offset, key < length, FIRST, SECOND, FEATURES)
         v = load(first_v + offset, key < length, FIRST, SECOND, FEATURES)
+        # read again in each pass: kept in registers they would spill
+        one_q = load_row(first_q, FIRST, SECOND, FEATURES)
+        one_g = load_row(grad + (start * heads + head) * FEATURES, FIRST, SECOND, FEATURES)
         one_grad_s, one_kept = gradients_of_one(
-            class_q, class_g, class_expected, class_log2_total, k, v, key0, length, scale_log2, keep_scale,
+            one_q, one_g, class_expected, class_log2_total, k, v, key0, length, scale_log2, keep_scale,
             random, class_row, DROPOUT, KEYS,
         )  # fmt: skip
         grad_class_q = add(grad_class_q, weighted_sum(one_grad_s, k))
         tile_grad_s, tile_kept = tile_gradients(
             q, g, expected, log2_total, k, v, key0, length, scale_log2, keep_scale, random, row, DROPOUT, KEYS
         )
-        grad_v = add_product(scaled(class_g, one_kept[:, None]), tl.trans(tile_kept), g)
-        grad_k = add_product(scaled(class_q, one_grad_s[:, None]), tl.trans(tile_grad_s), q)
-        grad_q = add_product(grad_q, tile_grad_s, k)
+        grad_v = add_product(scaled(one_g, one_kept[:, None]), tl.trans(tile_kept), g)
         target = first_target + key.to(tl.int64) * (3 * part)
-        store(target + part, key < length, grad_k, scale, FIRST, SECOND, FEATURES)
         store(target + 2 * part, key < length, grad_v, keep_scale, FIRST, SECOND, FEATURES)
+        grad_k = add_product(scaled(one_q, one_grad_s[:, None]), tl.trans(tile_grad_s), q)
+        store(target + part, key < length, grad_k, scale, FIRST, SECOND, FEATURES)
+        grad_q = add_product(grad_q, tile_grad_s, k)
     store_row(first_target, grad_class_q, scale, FIRST, SECOND, FEATURES)
     target = first_target + query.to(tl.int64) * (3 * part)
     store(target, inside, grad_q, scale, FIRST, SECOND, FEATURES)

@@ -21,7 +21,7 @@ def parts(features: int) -> tuple[int, int]:
     whole = max(triton.next_power_of_2(features), 16)
     first = whole // 2
     second = max(triton.next_power_of_2(features - first), 16) if features > first else 0
-    return (first, second) if 16 <= first and 0 < first + second < whole else (whole, 0)
+    return (first, second) if first >= 16 and first + second < whole else (whole, 0)
 
 
 @triton.jit
@@ -223,7 +223,17 @@ def add_keys_to_one(
 
 @triton.jit
 def class_gradients(
-    q, grad, expected, log2_total, class_k, class_v, scale_log2, keep_scale, random, row, DROPOUT: tl.constexpr
+    q,
+    grad,
+    expected,
+    log2_total,
+    class_k,
+    class_v,
+    scale_log2,
+    keep_scale,
+    random,
+    row,
+    DROPOUT: tl.constexpr,
 ):
     """``[rows]``: gradients of the scores of the class token's key, and its probabilities, dropped."""
     p = tl.exp2(row_products(q, class_k) * scale_log2 - log2_total)

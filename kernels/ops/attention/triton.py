@@ -24,6 +24,8 @@ def unsupported(function: str, *args: Any) -> str | None:
     softmax_scale = args[3] if function == "attention" else args[6]
     if qkv_T3HD.shape[-1] > MAX_HEAD_FEATURES:
         return f"heads have {qkv_T3HD.shape[-1]} features, the kernels take {MAX_HEAD_FEATURES}"
+    if qkv_T3HD.dtype == torch.float32 and not triton_support.INTERPRETED:
+        return "float32 products made of three in tf32 do not fit the registers"
     if softmax_scale < 0:
         return "the kernels take the maximum of scores before scaling, and softmax_scale is negative"
     return triton_support.unsupported(function, *args)
@@ -47,9 +49,11 @@ def attention(
         return out_THD, lse_TH
     tensors = (qkv_T3HD, out_THD, lse_TH)
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
-    tile = _short_tile(qkv_T3HD, max_seqlen)
+    tile = _short_tile(max_seqlen)
     if tile:
-        short.forward_short[(sequences * heads,)](*tensors, *common, tile, 64, num_warps=tile // 16)
+        short.forward_short[(sequences * heads,)](
+            *tensors, *common, tile, 64, num_warps=tile // 16, num_stages=1
+        )
     else:
         grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
         long.forward_long[grid](*tensors, *common, 64, 64, num_warps=4)
@@ -68,7 +72,7 @@ def attention_backward(
     rng_state: Tensor | None,
     stream: int,
 ) -> Tensor:
-    total, _, heads, features = qkv_T3HD.shape
+    total, _, heads, _ = qkv_T3HD.shape
     grad_qkv_T3HD = torch.empty_like(qkv_T3HD, memory_format=torch.contiguous_format)
     qkv_T3HD = _unit_stride(qkv_T3HD)
     grad_THD, out_THD, lse_TH = grad_THD.contiguous(), out_THD.contiguous(), lse_TH.contiguous()
@@ -76,10 +80,19 @@ def attention_backward(
     if not total * heads:
         return grad_qkv_T3HD
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
-    tile = _short_tile(qkv_T3HD, max_seqlen)
+    tile = _short_tile(max_seqlen)
     if tile:
         short.backward_short[(sequences * heads,)](
-            grad_THD, qkv_T3HD, out_THD, lse_TH, grad_qkv_T3HD, *common, tile, 64, num_warps=tile // 16
+            grad_THD,
+            qkv_T3HD,
+            out_THD,
+            lse_TH,
+            grad_qkv_T3HD,
+            *common,
+            tile,
+            64,
+            num_warps=tile // 16,
+            num_stages=1,
         )
         return grad_qkv_T3HD
     delta_TH = torch.empty_like(lse_TH)
@@ -93,7 +106,7 @@ def attention_backward(
     return grad_qkv_T3HD
 
 
-def _short_tile(qkv_T3HD: Tensor, max_seqlen: int) -> int:
+def _short_tile(max_seqlen: int) -> int:
     """Tokens beside the class token that a program of the short kernels owns; 0 where they do not fit."""
     if max_seqlen > 129:
         return 0

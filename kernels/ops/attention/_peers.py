@@ -1,0 +1,69 @@
+"""Attention of other packages on packed qkv, differentiable by autograd, dropout by their own laws: what the
+benchmarks compare with. ``scale`` multiplies the scores, ``cu_seqlens`` are int32.
+
+The packages are imported when called.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sdpa(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float) -> Tensor:
+    """torch's ``scaled_dot_product_attention``: one call where all lengths are equal, else one a sequence."""
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2).flatten(0, 1)
+        for q, k, v in segments(qkv_T3HD, cu_seqlens, max_seqlen)
+    ]
+    return torch.cat(outputs) if outputs else qkv_T3HD[:, 0]
+
+
+def varlen_attn(
+    qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float
+) -> Tensor:
+    """``torch.nn.attention.varlen.varlen_attn``, which has no dropout."""
+    from torch.nn.attention import varlen
+
+    if dropout:
+        raise ValueError(f"varlen_attn: dropout is {dropout}, wanted 0")
+    q, k, v = qkv_T3HD.unbind(1)
+    out = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def flash_attn(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float) -> Tensor:
+    """``flash_attn.flash_attn_varlen_qkvpacked_func``."""
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    return flash_attn_varlen_qkvpacked_func(qkv_T3HD, cu_seqlens, max_seqlen, dropout, softmax_scale=scale)
+
+
+def xformers(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float) -> Tensor:
+    """``xformers.ops.memory_efficient_attention`` and its mask, which wants lengths on the host."""
+    from xformers.ops import fmha
+
+    q, k, v = qkv_T3HD[None].unbind(2)
+    mask = fmha.BlockDiagonalMask.from_seqlens(cu_seqlens.diff().tolist())
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout, scale=scale)[0]
+
+
+def segments(x_TNHD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[tuple[Tensor, ...]]:
+    """N views ``[B, H, length, D]`` of sequences of one length, packed: all of them, or each by itself."""
+    total, sequences = len(x_TNHD), len(cu_seqlens) - 1
+    if 0 < total == sequences * max_seqlen:
+        pieces = [x_TNHD.unflatten(0, (sequences, max_seqlen))]
+    else:
+        pieces = [x_TNHD[None, a:b] for a, b in pairwise(cu_seqlens.tolist()) if b > a]
+    return [piece.permute(2, 0, 3, 1, 4).unbind(0) for piece in pieces]
+
+
+def unsupported(function: str, *args: object) -> str | None:
+    """Why an implementation by another package declines: ``dropout`` is the third last argument."""
+    if args[-3]:
+        return "its dropout draws other bits than this library's contract; time it as the benchmarks' peer"
+    return None
