@@ -92,17 +92,17 @@ def _draw(
             x = tl.where(x >= _reaching(x, 1, top_k), x, float("-inf"))
         highest = tl.max(x, 0)
         e = tl.exp(x - highest)
+        total = tl.sum(e, 0)
         if TOP_P:
-            mass = top_p * tl.sum(e, 0)
+            mass = top_p * total
             least = _reaching(x, e, mass)
             # of equal codes at the edge of the nucleus the first ones are in, until it is full
             above = tl.sum(tl.where(x > least, e, 0.0), 0)
-            before = above + _ties_before(x == least).to(tl.float32) * tl.exp(least - highest)
-            inside_nucleus = (x > least) | ((x == least) & (before < mass))
-            x = tl.where(inside_nucleus, x, float("-inf"))
-            e = tl.where(inside_nucleus, e, 0.0)
-        # before the noise, so that its registers are free by then
-        log_sum = tl.log(tl.sum(e, 0))
+            tie, weight = x == least, tl.exp(least - highest)
+            room = tl.ceil(tl.minimum(tl.div_rn(mass - above, weight), TILE)).to(tl.int32)
+            x = tl.where((x > least) | (tie & (_ties_before(tie) < room)), x, float("-inf"))
+            total = above + weight * tl.minimum(room, tl.sum(tie.to(tl.int32), 0)).to(tl.float32)
+        log_sum = tl.log(total)
         first_word = position * CODES
         if CODES % 4 == 0:
             word = words(state, stream, first_word // 4, first_sample + sample, TILE)
