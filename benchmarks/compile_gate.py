@@ -357,16 +357,16 @@ def _cells(values: Iterable[Any]) -> str:
     return "| " + " | ".join(str(value) for value in values) + " |"
 
 
-def write_markdown(file: Path, text: str) -> None:
+def write_markdown(file: Path, text: str, begin: str = _BEGIN, end: str = _END) -> None:
     """Replace what stands between the markers.
 
     Raises:
         ValueError: a file without the markers.
     """
-    before, begin, rest = file.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"{file} has no lines {_BEGIN} and {_END}")
+    before, found, rest = file.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{file} has no lines {begin} and {end}")
     file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
