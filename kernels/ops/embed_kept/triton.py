@@ -187,7 +187,8 @@ def embed_kept(
         _forward[(rows,)](
             ids_BL.contiguous(), class_ids_B.contiguous(), positions_T.contiguous(),
             is_masked_BL.contiguous(), word_weight_VD.contiguous(), position_weight_SD.contiguous(),
-            norm_weight_D.contiguous(), norm_bias_D.contiguous(), x_TD, ids_T, mean_T1, rstd_T1, mask_token_id, ids_BL.shape[1], eps,
+            norm_weight_D.contiguous(), norm_bias_D.contiguous(), x_TD, ids_T, mean_T1, rstd_T1,
+            mask_token_id, ids_BL.shape[1], eps,
             *_dropout_arguments(x_TD, dropout, rng_state, stream),
             num_warps=min(32, max(1, columns * x_TD.element_size() // 2048)),
         )  # fmt: skip
