@@ -71,6 +71,7 @@ def _backward(
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     inside = column < features
+    scale_D = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     sum_weight = tl.zeros([COLUMNS], tl.float32)
     sum_bias = tl.zeros([COLUMNS], tl.float32)
     program = tl.program_id(0).to(tl.int64)
@@ -87,8 +88,7 @@ def _backward(
             g = tl.where(keep_row(state, stream, start, least_kept, COLUMNS, ALIGNED, WIDTH), g * scale, 0.0)
         sum_weight += g * n
         sum_bias += g
-        # read again for each row, from the cache: held, it costs more registers than it saves
-        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        g *= scale_D
         # through mean and variance, the gradient loses its parts along 1 and along the normalised row
         sum_g, sum_gn = tl.split(tl.sum(tl.join(g, g * n), 0))
         grad_e = inverse * (g - sum_g / features - n * (sum_gn / features))
@@ -187,7 +187,8 @@ def embed_kept(
         _forward[(rows,)](
             ids_BL.contiguous(), class_ids_B.contiguous(), positions_T.contiguous(),
             is_masked_BL.contiguous(), word_weight_VD.contiguous(), position_weight_SD.contiguous(),
-            norm_weight_D.contiguous(), norm_bias_D.contiguous(), x_TD, ids_T, mean_T1, rstd_T1, mask_token_id, ids_BL.shape[1], eps,
+            norm_weight_D.contiguous(), norm_bias_D.contiguous(), x_TD, ids_T, mean_T1, rstd_T1,
+            mask_token_id, ids_BL.shape[1], eps,
             *_dropout_arguments(x_TD, dropout, rng_state, stream),
             num_warps=min(32, max(1, columns * x_TD.element_size() // 2048)),
         )  # fmt: skip
