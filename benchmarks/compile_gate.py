@@ -14,71 +14,35 @@ UTCHMMA on sm_100).
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import json
 import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction, MockTensor
+from triton.runtime.jit import MockTensor
 
-from mage_fast import kernels
+from benchmarks.launches import Launch, launches
 from mage_fast.kernels import dispatch
 
 ARCHITECTURES = (80, 90, 100)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: The instructions by which a matrix product runs on tensor cores.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 #: Of one multiprocessor: shared memory in bytes, threads; 65,536 registers on all.
 SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
 REGISTERS, THREADS, BLOCKS = 65_536, 2048, 32
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel as a launcher launched it, tensors replaced by their dtypes."""
-
-    op: str
-    spec: str
-    dtype: str
-    kernel: Any
-    args: tuple
-    kwargs: tuple
-    grid: tuple[int, ...]
-
-    @property
-    def programs(self) -> int:
-        return torch.Size(self.grid).numel()
-
-    @property
-    def key(self) -> tuple:
-        """Equal for launches that run the same machine code."""
-        return (
-            self.kernel.fn.__module__,
-            self.kernel.fn.__name__,
-            *map(_specialization, self.args),
-            self.kwargs,
-        )
 
 
 @dataclass(frozen=True)
@@ -108,99 +72,6 @@ class Compiled:
         return self.spills == 0 and self.occupancy > 0 and tensor_cores
 
 
-def _specialization(value: Any) -> Any:
-    """What Triton compiles anew for: dtypes, and of integers whether they are 1 or multiples of 16."""
-    if isinstance(value, torch.dtype):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return ("int", value == 1, value % 16 == 0, abs(value) >= 2**31)
-    return type(value).__name__ if isinstance(value, float) else value
-
-
-class _ThroughToTriton(TorchDispatchMode):
-    """Our ops run their Triton launcher, on fake tensors, in place of the registered fake."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace != "mage_fast" or args[-1] != "triton":
-            return func(*args, **(kwargs or {}))
-        name = func.name().removeprefix("mage_fast::")
-        module = dispatch._find(name.removesuffix("_backward"), "triton")
-        if isinstance(module, str):
-            raise dispatch.Unsupported(module)
-        reason = getattr(module, "unsupported", lambda *_: None)(name, *args[:-1])
-        if reason:
-            raise dispatch.Unsupported(reason)
-        return getattr(module, name)(*args[:-1])
-
-
-@contextmanager
-def _recorded(into: list[tuple]) -> Iterator[None]:
-    """Kernel launches are appended to the list and not run."""
-
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        into.append((self, args, kwargs, grid))
-
-    before, JITFunction.run = JITFunction.run, run
-    try:
-        yield
-    finally:
-        JITFunction.run = before
-
-
-def _fake(mode: FakeTensorMode, inputs: dict[str, Any]) -> dict[str, Any]:
-    def convert(x: Tensor) -> Tensor:
-        with mode:
-            fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-        return fake.requires_grad_(x.requires_grad)
-
-    return tree_map_only(Tensor, convert, inputs)
-
-
-def launches(ops: Iterable[str] = dispatch.OPS) -> list[Launch]:
-    """Every distinct launch of the ops, forward and backward, at their real shapes in every dtype; of
-    launches of the same machine code the one of the most programs.
-    """
-    found: dict[tuple, Launch] = {}
-    for op in ops:
-        if isinstance(dispatch._find(op, "triton"), str):
-            continue
-        specs = importlib.import_module(f"{kernels.__name__}.ops.{op}.specs")
-        public = getattr(importlib.import_module(f"{kernels.__name__}.ops.{op}.api"), op)
-        for spec in (s for s in (*specs.SPECS, *getattr(specs, "GPU_SPECS", ())) if "tiny" not in s.name):
-            for dtype in _dtypes(spec):
-                for launch in _launches(op, public, spec, dtype):
-                    known = found.setdefault(launch.key, launch)
-                    found[launch.key] = max(known, launch, key=lambda one: one.programs)
-    return list(found.values())
-
-
-def _dtypes(spec: Any) -> tuple[torch.dtype | None, ...]:
-    """The dtypes that a spec's inputs come in; None where they have no choice."""
-    parameter = inspect.signature(spec.inputs).parameters.get("dtype")
-    if parameter is None:
-        return (None,)
-    return DTYPES if parameter.default.is_floating_point else (parameter.default,)
-
-
-def _launches(op: str, public: Any, spec: Any, dtype: torch.dtype | None) -> Iterator[Launch]:
-    records: list[tuple] = []
-    mode = FakeTensorMode()
-    inputs = _fake(mode, spec.inputs() if dtype is None else spec.inputs(dtype=dtype))
-    with mode, _ThroughToTriton(), _recorded(records), suppress(dispatch.Unsupported):
-        outputs = public(**inputs, implementation="triton")
-        outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
-        leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
-        if leaves:
-            outputs = [y for y in outputs if y.requires_grad]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs], allow_unused=True)
-    for kernel, args, kwargs, grid in records:
-        plain = tuple(x.dtype if isinstance(x, Tensor) else x for x in args)
-        keywords = tuple((k, x.dtype if isinstance(x, Tensor) else x) for k, x in sorted(kwargs.items()))
-        label = "-" if dtype is None else str(dtype).removeprefix("torch.")
-        grid = grid(dict(kwargs)) if callable(grid) else grid
-        yield Launch(op, spec.name, label, kernel, plain, keywords, tuple(int(n) for n in grid))
-
-
 class _Driver:
     """Stands in for a GPU of the architecture: Triton compiles for it and launches nothing."""
 
@@ -217,8 +88,9 @@ class _Driver:
         return 0
 
 
-def compile_launch(launch: Launch, arch: int) -> Compiled:
+def compile_launch(launch: Launch) -> Compiled:
     """Compile one launch and read its machine code."""
+    arch = launch.arch
     triton.runtime.driver.set_active(_Driver(arch))
     args = tuple(map(MockTensor.wrap_dtype, launch.args))
     kwargs = {name: MockTensor.wrap_dtype(x) for name, x in launch.kwargs}
@@ -285,21 +157,23 @@ def occupancy(arch: int, registers: int, warps: int, shared: int) -> float:
     return blocks * warps * 32 / THREADS
 
 
-def _compile_index(task: tuple[int, int]) -> Compiled:
-    return compile_launch(_pending[task[0]], task[1])
-
-
 _pending: list[Launch] = []
 
 
-def gate(ops: Iterable[str] = dispatch.OPS, architectures: Iterable[int] = ARCHITECTURES) -> list[Compiled]:
-    """Compile every launch of the ops for every architecture, on all cores."""
-    _pending[:] = launches(ops)
-    tasks = [(i, arch) for i in range(len(_pending)) for arch in architectures]
+def _compile_index(index: int) -> Compiled:
+    return compile_launch(_pending[index])
+
+
+def gate(
+    ops: Iterable[str] = dispatch.OPS, architectures: Iterable[int] = ARCHITECTURES
+) -> tuple[list[Compiled], list[str]]:
+    """Compile every launch of the ops for every architecture, on all cores; and what was declined."""
+    _pending[:], declined = launches(ops, architectures)
+    indices = range(len(_pending))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        return list(
-            track(pool.map(_compile_index, tasks), "compiling", len(tasks), console=Console(stderr=True))
-        )
+        done = pool.map(_compile_index, indices)
+        console = Console(stderr=True)
+        return list(track(done, "compiling", len(_pending), console=console)), declined
 
 
 def table(rows: list[Compiled]) -> Table:
@@ -379,12 +253,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     parser.add_argument("--markdown", type=Path, help="also write the table between the file's markers")
     options = parser.parse_args()
-    rows = gate(options.op, options.arch)
+    rows, declined = gate(options.op, options.arch)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
     if options.out:
         options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if options.markdown:
         write_markdown(options.markdown, markdown(rows))
+    for line in declined:
+        print(f"declined: {line}")
     red = [row for row in rows if not row.green]
     print(f"{len(rows)} compiled, {len(red)} red")
     return 1 if red else 0

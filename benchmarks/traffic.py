@@ -66,7 +66,7 @@ class Count:
                 sectors.clear()
 
     def access(self, kind: str, pointers: Any, mask: Any) -> None:
-        addresses = pointers.data[mask.data]
+        addresses = pointers.data[mask.data.astype(bool)]  # a mask may be of integers
         self.bytes += addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
         self._sectors[kind].append(np.unique(addresses // _SECTOR))
 

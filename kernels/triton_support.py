@@ -11,6 +11,8 @@ from triton import knobs
 #: In the interpreter kernels run on the CPU; it is chosen when triton is imported (``TRITON_INTERPRET``).
 INTERPRETED: bool = knobs.runtime.interpret
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+#: Where there is no GPU to ask: in the interpreter and in the compile gate, which sets it.
+ASSUMED_ARCHITECTURE = 90
 
 
 def unsupported(function: str, *args: Any) -> str | None:
@@ -28,3 +30,11 @@ def multiprocessors(x: Tensor) -> int:
     if x.device.type == "cuda":
         return torch.cuda.get_device_properties(x.device).multi_processor_count
     return 4
+
+
+def architecture(x: Tensor) -> int:
+    """Compute capability of x's GPU, 90 for 9.0: registers hold other tiles on each."""
+    if x.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return 10 * major + minor
+    return ASSUMED_ARCHITECTURE

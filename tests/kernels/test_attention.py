@@ -93,11 +93,12 @@ class TestAttention(OpSuite):
     }
 
     def check(self, function: Callable, inputs: dict, layout: Callable = lambda x: x) -> None:
-        """The suite's rule; gradients in float32 as if they were of the size of the terms that cancel in
-        them. Those are sums over features of grad v and of grad out, and kernels recompute probabilities
-        from a logarithm of their total that is itself rounded.
+        """The suite's rule; float32 gradients of kernels as if they were of the size of the terms that cancel
+        in them: sums over features of grad v and of grad out. Kernels rebuild probabilities from the
+        logarithm of their total, whose own rounding is that of a number of about this size.
         """
         dtype = inputs["qkv_T3HD"].dtype
+        floor = 16.0 if self.rebuilds and dtype == torch.float32 else 0.0
         results = (
             differentiate(function, inputs, layout),
             differentiate(self.oracle, cast(inputs, dtype), layout),
@@ -106,8 +107,15 @@ class TestAttention(OpSuite):
         outputs, gradients = (
             [{k: x for k, x in r.items() if k.startswith(kind)} for r in results] for kind in ("out", "grad")
         )
-        assert_as_good(*outputs, TOLERANCE[dtype])
-        assert_as_good(*gradients, TOLERANCE[dtype], 16.0 if dtype == torch.float32 else 0.0)
+        # a kernel scales its running sums anew at each tile of keys
+        assert_as_good(*outputs, TOLERANCE[dtype] * (2 if self.rebuilds else 1))
+        assert_as_good(*gradients, TOLERANCE[dtype], floor)
+
+    rebuilds = True
+
+    def function(self, target: Target) -> Callable:
+        self.rebuilds = target.implementation != "reference"
+        return super().function(target)
 
     @few
     @given(
@@ -128,23 +136,45 @@ class TestAttention(OpSuite):
         inputs = Spec("drawn", tuple(lengths), heads, features, dropout).inputs(target.widest, target.device)
         self.check(self.function(target), inputs | {"max_seqlen": inputs["max_seqlen"] + spare})
 
+    def test_real_shapes(self, target: Target, spec: Spec) -> None:
+        """In half precision too, which has kernels of its own for short sequences."""
+        if target.implementation != "reference":
+            self.check(self.function(target), spec.inputs(torch.float16, target.device))
+        super().test_real_shapes(target, spec)
+
     def test_softmax_scale(self, target: Target) -> None:
         inputs = Spec("scaled", (4, 3), 2, 8).inputs(target.widest, target.device)
         self.check(self.function(target), inputs | {"softmax_scale": 0.7})
 
     def test_sequences_do_not_meet(self, target: Target) -> None:
-        """Scores across sequences would overflow; they must reach neither values nor gradients."""
+        """Scores across sequences would overflow; they must reach neither values nor gradients: each
+        sequence comes out as by itself.
+        """
         inputs = Spec("apart", (3, 1, 6), 1, 8, 0.0).inputs(torch.float32, target.device)
         qkv = inputs["qkv_T3HD"].detach()
         qkv[:3, 1] *= 1e-3  # small keys in the first sequence, great queries and keys in the last
         qkv[:3, 0] *= 200
         qkv[3:, :2] *= 40
-        inputs["qkv_T3HD"] = qkv.requires_grad_()
-        self.check(self.function(target), inputs)
+        function = self.function(target)
+        packed = differentiate(function, inputs | {"qkv_T3HD": qkv.requires_grad_()})
+        for start, end in pairwise(inputs["cu_seqlens"].tolist()):
+            alone = qkv.detach()[start:end].requires_grad_()
+            ends = torch.tensor([0, end - start], dtype=torch.int32, device=target.device)
+            outputs = function(**inputs | {"qkv_T3HD": alone, "cu_seqlens": ends})
+            (grad,) = torch.autograd.grad(outputs, alone, cotangent(packed["output 0"], 0)[start:end])
+            torch.testing.assert_close(packed["output 0"][start:end], outputs.detach())
+            torch.testing.assert_close(packed["gradient of qkv_T3HD"][start:end], grad)
 
-    def test_packed_is_the_loop_over_samples(self, target: Target) -> None:
+    @pytest.mark.parametrize(
+        ("lengths", "half"),
+        [((1, 257, 0, 17, 130), False), ((1, 257, 0, 17, 130), True), ((1, 129, 0, 66), True)],
+    )
+    def test_packed_is_the_loop_over_samples(
+        self, target: Target, lengths: tuple[int, ...], half: bool
+    ) -> None:
         """Lengths from 1 to 257 in one call, values and gradients."""
-        inputs = Spec("mixed", (1, 257, 17, 130), 1, 48, 0.0).inputs(torch.float32, target.device)
+        dtype = torch.float16 if half else torch.float32
+        inputs = Spec("mixed", lengths, 1, 48, 0.0).inputs(dtype, target.device)
         packed = differentiate(self.function(target), inputs)
         pieces = []
         for start, end in pairwise(inputs["cu_seqlens"].tolist()):
@@ -157,7 +187,8 @@ class TestAttention(OpSuite):
             grad = cotangent(packed["output 0"], 0)[start:end]
             pieces.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
         for got, wanted in zip(packed.values(), map(torch.cat, zip(*pieces, strict=True)), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=5e-6)
+            tolerance = {"rtol": 2e-3, "atol": 4e-3} if half else {"rtol": 1e-5, "atol": 5e-6}
+            torch.testing.assert_close(got, wanted, **tolerance)
 
     def test_strided_rows(self, target: Target) -> None:
         """Rows of a larger buffer are read in place."""
@@ -168,14 +199,16 @@ class TestAttention(OpSuite):
 
     def test_dropout_bits(self, target: Target) -> None:
         """Equal scores and one-hot values: the output shows which probabilities were kept, exactly."""
-        for length in (100, 130):
-            inputs = Spec("bits", (3, length), 2, 64, 0.3).inputs(torch.float32, target.device)
+        for length, dtype in ((100, torch.float16), (130, torch.float16), (130, torch.float32)):
+            inputs = Spec("bits", (3, length), 2, 64, 0.3).inputs(dtype, target.device)
             total = 3 + length
             mask = rng.keep_mask_attention(inputs["rng_state"], inputs["stream"], total * 2, length, 0.3)
             for first in range(0, length, 64):
-                qkv = torch.zeros(total, 3, 2, 64, device=target.device)
+                qkv = torch.zeros(total, 3, 2, 64, dtype=dtype, device=target.device)
                 some = min(64, length - first)
-                qkv[3 + first : 3 + first + some, 2] = torch.eye(64, device=target.device)[:some, None]
+                qkv[3 + first : 3 + first + some, 2] = torch.eye(64, dtype=dtype, device=target.device)[
+                    :some, None
+                ]
                 out = self.function(target)(**inputs | {"qkv_T3HD": qkv})[3:, :, :some]
                 assert torch.equal(out != 0, mask.view(total, 2, length)[3:, :, first : first + some])
 
@@ -202,7 +235,7 @@ class TestTritonKernels:
             calls[0] += 1
             return before(*args)
 
-        inputs = Spec("work", lengths, 1, 16, 0.0).inputs() | {"max_seqlen": max_seqlen}
+        inputs = Spec("work", lengths, 1, 16, 0.0).inputs(torch.float16) | {"max_seqlen": max_seqlen}
         with monkeypatch.context() as patch:
             patch.setattr(InterpreterBuilder, "create_dot", counted)
             out = attention(**inputs, implementation="triton")
@@ -330,7 +363,7 @@ def test_calls_of_other_packages(package: Callable, monkeypatch: pytest.MonkeyPa
     module = f"mage_fast.kernels.ops.attention.{name}"
     monkeypatch.delitem(sys.modules, module, raising=False)
     ours = importlib.import_module(module)
-    monkeypatch.delitem(sys.modules, module)
+    sys.modules.pop(module)  # not by monkeypatch, which would put it back
     inputs = Spec("varying", (3, 1, 6), 2, 8, 0.0).inputs(torch.bfloat16)
     qkv, cu_seqlens = inputs["qkv_T3HD"].detach(), inputs["cu_seqlens"]
     arguments = (cu_seqlens, 6, 0.3, 0.0, None, 0)

@@ -19,19 +19,30 @@ pytest.importorskip("triton")
 
 from benchmarks import compile_gate
 from benchmarks.compile_gate import Compiled
+from benchmarks.launches import launches_of
 
 ROOT = Path(__file__).parents[2]
 COMPILE_TOYS = """
 import json, torch
-from benchmarks.compile_gate import Launch, compile_launch
+from benchmarks.compile_gate import compile_launch
+from benchmarks.launches import Launch
 from tests.kernels import toy_kernels
 
 def compiled(kernel, constants, **options):
     arguments = (torch.float32, torch.float32, *constants)
-    launch = Launch("toy", "spec", "float32", kernel, arguments, tuple(options.items()), (1,))
-    row = compile_launch(launch, 90)
+    launch = Launch("toy", "spec", "float32", 90, kernel, arguments, tuple(options.items()), (1,))
+    row = compile_launch(launch)
     return {"green": row.green, **vars(row)}
 
+def key(arch, *arguments):
+    return Launch("toy", "spec", "float32", arch, toy_kernels.corners, arguments, (), (1,)).key
+
+base = (torch.int64, 16, 32, 48, 64, 1)
+assert key(90, *base) == key(90, torch.int64, 32, 32, 48, 64, 1)
+assert key(90, *base) != key(80, *base)
+assert key(90, *base) != key(90, torch.int64, 17, 32, 48, 64, 1)
+sizes = [(torch.int64, torch.int64, size) for size in (64, 128)]
+assert len({Launch("toy", "", "", 90, toy_kernels.spills, size, (), (1,)).key for size in sizes}) == 2
 print(json.dumps({
     "spills": compiled(toy_kernels.spills, (16384,), num_warps=1),
     "enough registers": compiled(toy_kernels.spills, (16384,), num_warps=8),
@@ -91,7 +102,7 @@ def test_a_launcher_that_reads_a_value_fails() -> None:
         return x * x.sum().item()
 
     with pytest.raises(Exception, match="_local_scalar_dense"):
-        list(compile_gate._launches("toy", reads, Spec(), None))
+        list(launches_of("toy", reads, Spec(), None, (90,)))
 
 
 @pytest.mark.parametrize(

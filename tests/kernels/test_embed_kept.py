@@ -43,6 +43,8 @@ def oracle(
 class TestEmbedKept(OpSuite):
     op = "embed_kept"
     oracle = staticmethod(oracle)
+    #: sums over a hundred rows add in another order than torch's, whose own depends on its threads
+    units = 4
     bad = {  # noqa: RUF012
         "id": ({"ids_BL": torch.full((3, 7), 20)}, "ids holds 20, wanted 0 <= ids < 20"),
         "class id": ({"class_ids_B": torch.full((3,), -1)}, "class_ids holds -1, wanted 0 <= class_ids < 20"),

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mage_fast.kernels import dispatch
+
 
 def sdpa(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float) -> Tensor:
     """torch's ``scaled_dot_product_attention``: one call where all lengths are equal, else one a sequence."""
@@ -28,11 +30,11 @@ def sdpa(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dr
 def varlen_attn(
     qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float
 ) -> Tensor:
-    """``torch.nn.attention.varlen.varlen_attn``, which has no dropout."""
+    """``torch.nn.attention.varlen.varlen_attn``, which has no dropout: it is left out."""
     from torch.nn.attention import varlen
 
-    if dropout:
-        raise ValueError(f"varlen_attn: dropout is {dropout}, wanted 0")
+    if qkv_T3HD.device.type != "cuda":
+        raise dispatch.Unsupported(f"varlen_attn runs on cuda, the tensors are on {qkv_T3HD.device.type}")
     q, k, v = qkv_T3HD.unbind(1)
     out = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
     assert isinstance(out, Tensor)
@@ -83,7 +85,10 @@ def _peer(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(*, qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float, **_: Any) -> Tensor:
         scale = qkv_T3HD.shape[-1] ** -0.5
-        return function(qkv_T3HD, cu_seqlens, max_seqlen, scale, dropout)
+        try:
+            return function(qkv_T3HD, cu_seqlens, max_seqlen, scale, dropout)
+        except ModuleNotFoundError as error:
+            raise dispatch.Unsupported(f"the package {error.name} is not installed") from error
 
     return call
 
@@ -91,4 +96,4 @@ def _peer(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 #: By the name in the benchmarks' tables.
 PEERS = {
     f"{function.__name__}, own dropout": _peer(function) for function in (sdpa, flash_attn, xformers)
-} | {"varlen_attn": _peer(varlen_attn)}
+} | {"varlen_attn, no dropout": _peer(varlen_attn)}

@@ -67,7 +67,7 @@ def forward_long(
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
     query0 = (tl.program_id(1) - 1) * QUERIES + 1
-    if query0 >= length:
+    if tl.maximum(query0, 0) >= length:  # an empty sequence has no class token either
         return
     random = (tl.load(state), tl.load(state + 1), stream, least_kept)
     scale_log2 = scale * LOG2_E
@@ -137,7 +137,7 @@ def backward_queries_long(
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
     query0 = (tl.program_id(1) - 1) * QUERIES + 1
-    if query0 >= length:
+    if tl.maximum(query0, 0) >= length:  # an empty sequence has no class token either
         return
     random = (tl.load(state), tl.load(state + 1), stream, least_kept)
     scale_log2 = scale * LOG2_E
@@ -233,7 +233,7 @@ def backward_keys_long(
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
     key0 = (tl.program_id(1) - 1) * KEYS + 1
-    if key0 >= length:
+    if tl.maximum(key0, 0) >= length:
         return
     random = (tl.load(state), tl.load(state + 1), stream, least_kept)
     scale_log2 = scale * LOG2_E

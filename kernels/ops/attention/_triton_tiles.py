@@ -143,13 +143,15 @@ def weighted_sum(weight, x):
 
 @triton.jit
 def key_order(KEYS: tl.constexpr):
-    """``[KEYS]``: which of its keys a tile holds in each column, KEYS a multiple of 64.
+    """``[KEYS]``: which of its keys a tile holds in each column; KEYS of 16 or 32 are in their order.
 
     A softmax does not mind the order of its keys. In this one the 16 columns that a thread holds of a row
     of a matrix product, 8 g + 2 c + e with c its place among four threads, are the 16 keys of one block of
     random bytes: each thread draws the blocks of its own columns and no other.
     """
     column = tl.arange(0, KEYS)
+    if KEYS < 64:
+        return column
     return (column & -64) + 16 * ((column >> 1) & 3) + 2 * ((column >> 3) & 7) + (column & 1)
 
 
@@ -162,8 +164,11 @@ def keep_tile(random, row, key0, KEYS: tl.constexpr):
     QUERIES: tl.constexpr = row.shape[0]
     block = (key0 + 15) // 16 + tl.arange(0, KEYS // 16)
     bits = keep_probability_bits(seed, step, stream, row[:, None], block[None, :], least_kept)
-    bits = tl.reshape(bits, [QUERIES, KEYS // 64, 1, 4, 1])
-    kept = (bits & tl.reshape(bit_of_key(), [1, 1, 8, 1, 2])) != 0
+    if KEYS < 64:
+        kept = (bits[:, :, None] & bit_of_key()[None, None, :]) != 0
+    else:
+        bits = tl.reshape(bits, [QUERIES, KEYS // 64, 1, 4, 1])
+        kept = (bits & tl.reshape(bit_of_key(), [1, 1, 8, 1, 2])) != 0
     return tl.reshape(kept, [QUERIES, KEYS])
 
 

@@ -77,6 +77,9 @@ SPECS = (
     Spec("small_encoder", (129,), 1, 64),
     Spec("small_decoder", (257,), 1, 48),
     Spec("small_varying", (1, 17, 65, 129, 130), 1, 48),
+    Spec("small_short", (65, 2), 1, 64),
+    # the other widths of heads, each with tiles of its own
+    *(Spec(f"small_heads_{features}", (130,), 1, features) for features in (32, 64, 80, 96, 128)),
     Spec("vit_b_encoder_batch4", (129,) * 4, 12, 64),
     Spec("vit_b_decoder_batch4", (257,) * 4, 16, 48),
     Spec("vit_b_unmasked_batch4", (129, 97, 65, 1), 12, 64),

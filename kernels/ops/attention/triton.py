@@ -11,24 +11,26 @@ from torch import Tensor
 from mage_fast.kernels import rng, triton_support
 from mage_fast.kernels.ops.attention import _triton_long as long
 from mage_fast.kernels.ops.attention import _triton_short as short
+from mage_fast.kernels.ops.attention._triton_table import Tile, tile
 from mage_fast.kernels.ops.attention._triton_tiles import parts
 from mage_fast.kernels.triton_support import DEVICES
 
 __all__ = ["DEVICES", "attention", "attention_backward", "unsupported"]
-MAX_HEAD_FEATURES = 128
+#: The longest sequence that one program of the short kernels owns: a class token and 128 others.
+_SHORT = 129
 
 
 def unsupported(function: str, *args: Any) -> str | None:
     """Why these arguments go to the reference."""
     qkv_T3HD = args[0] if function == "attention" else args[1]
     softmax_scale = args[3] if function == "attention" else args[6]
-    if qkv_T3HD.shape[-1] > MAX_HEAD_FEATURES:
-        return f"heads have {qkv_T3HD.shape[-1]} features, the kernels take {MAX_HEAD_FEATURES}"
-    if qkv_T3HD.dtype == torch.float32 and not triton_support.INTERPRETED:
-        return "float32 products made of three in tf32 do not fit the registers"
     if softmax_scale < 0:
         return "the kernels take the maximum of scores before scaling, and softmax_scale is negative"
-    return triton_support.unsupported(function, *args)
+    reason = triton_support.unsupported(function, *args)
+    if reason is None and tile("forward_long", qkv_T3HD, sum(parts(qkv_T3HD.shape[-1]))) is None:
+        most = 64 if qkv_T3HD.dtype == torch.float32 else 128
+        reason = f"heads have {qkv_T3HD.shape[-1]} features, in {qkv_T3HD.dtype} the registers hold {most}"
+    return reason
 
 
 def attention(
@@ -49,14 +51,14 @@ def attention(
         return out_THD, lse_TH
     tensors = (qkv_T3HD, out_THD, lse_TH)
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
-    tile = _short_tile(max_seqlen)
-    if tile:
+    if found := _short("forward_short", qkv_T3HD, max_seqlen):
         short.forward_short[(sequences * heads,)](
-            *tensors, *common, tile, 64, num_warps=tile // 16, num_stages=1
+            *tensors, *common, *found[:2], num_warps=found[2], num_stages=1
         )
     else:
-        grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
-        long.forward_long[grid](*tensors, *common, 64, 64, num_warps=4)
+        queries, keys, options = _long("forward_long", qkv_T3HD)
+        grid = (sequences * heads, triton.cdiv(max_seqlen - 1, queries) + 1)
+        long.forward_long[grid](*tensors, *common, queries, keys, **options)
     return out_THD, lse_TH
 
 
@@ -80,37 +82,39 @@ def attention_backward(
     if not total * heads:
         return grad_qkv_T3HD
     common = _common(qkv_T3HD, cu_seqlens, softmax_scale, dropout, rng_state, stream)
-    tile = _short_tile(max_seqlen)
-    if tile:
+    tensors = (grad_THD, qkv_T3HD, out_THD, lse_TH)
+    if found := _short("backward_short", qkv_T3HD, max_seqlen):
         short.backward_short[(sequences * heads,)](
-            grad_THD,
-            qkv_T3HD,
-            out_THD,
-            lse_TH,
-            grad_qkv_T3HD,
-            *common,
-            tile,
-            64,
-            num_warps=tile // 16,
-            num_stages=1,
+            *tensors, grad_qkv_T3HD, *common, *found[:2], num_warps=found[2], num_stages=1
         )
         return grad_qkv_T3HD
     delta_TH = torch.empty_like(lse_TH)
-    grid = (sequences * heads, triton.cdiv(max_seqlen - 1, 64) + 1)
-    long.backward_queries_long[grid](
-        grad_THD, qkv_T3HD, out_THD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
-    )
+    queries, keys, options = _long("backward_queries_long", qkv_T3HD)
+    grid = (sequences * heads, triton.cdiv(max_seqlen - 1, queries) + 1)
+    long.backward_queries_long[grid](*tensors, delta_TH, grad_qkv_T3HD, *common, queries, keys, **options)
+    queries, keys, options = _long("backward_keys_long", qkv_T3HD)
+    grid = (sequences * heads, triton.cdiv(max_seqlen - 1, keys) + 1)
     long.backward_keys_long[grid](
-        grad_THD, qkv_T3HD, lse_TH, delta_TH, grad_qkv_T3HD, *common, 64, 64, num_warps=4
+        grad_THD, qkv_T3HD, lse_TH, delta_TH, grad_qkv_T3HD, *common, queries, keys, **options
     )
     return grad_qkv_T3HD
 
 
-def _short_tile(max_seqlen: int) -> int:
-    """Tokens beside the class token that a program of the short kernels owns; 0 where they do not fit."""
-    if max_seqlen > 129:
-        return 0
-    return 64 if max_seqlen <= 65 else 128
+def _short(kernel: str, qkv_T3HD: Tensor, max_seqlen: int) -> Tile | None:
+    """Tile of a short kernel; None where sequences or heads do not fit it."""
+    found = tile(kernel, qkv_T3HD, sum(parts(qkv_T3HD.shape[-1])))
+    if found is None or max_seqlen > _SHORT:
+        return None
+    queries, keys, warps = found
+    return found if max_seqlen > queries // 2 + 1 else (queries // 2, keys, warps // 2)
+
+
+def _long(kernel: str, qkv_T3HD: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Queries and keys of a tile, and the options of the launch."""
+    found = tile(kernel, qkv_T3HD, sum(parts(qkv_T3HD.shape[-1])))
+    assert found is not None  # or unsupported would have said so
+    queries, keys, warps = found
+    return queries, keys, {"num_warps": warps, "num_stages": 1 if qkv_T3HD.dtype == torch.float32 else 3}
 
 
 def _unit_stride(qkv_T3HD: Tensor) -> Tensor:
