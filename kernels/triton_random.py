@@ -115,45 +115,6 @@ def keep_rows(
 
 
 @triton.jit
-def _bytes_kept(word, least_kept, BYTE: tl.constexpr):
-    word = word.to(tl.int32, bitcast=True)
-    return ((word << (24 - 8 * BYTE)) >= (least_kept << 24)).to(tl.int8)
-
-
-@triton.jit
-def keep_probabilities(state, stream, row, block, least_kept):
-    """Dropout of attention probabilities, 8 bits each: ``[Q, 16 N]`` for rows ``[Q]`` and blocks ``[N]``.
-
-    ``row`` is ``packed query * heads + head``; block ``j`` holds the keys ``16 j - 15 ... 16 j``.
-    """
-    w0, w1, w2, w3 = philox_blocks(state, stream, block[None, :], row[:, None])
-    byte0 = interleave4(
-        _bytes_kept(w0, least_kept, 0), _bytes_kept(w1, least_kept, 0),
-        _bytes_kept(w2, least_kept, 0), _bytes_kept(w3, least_kept, 0),
-    )  # fmt: skip
-    byte1 = interleave4(
-        _bytes_kept(w0, least_kept, 1), _bytes_kept(w1, least_kept, 1),
-        _bytes_kept(w2, least_kept, 1), _bytes_kept(w3, least_kept, 1),
-    )  # fmt: skip
-    byte2 = interleave4(
-        _bytes_kept(w0, least_kept, 2), _bytes_kept(w1, least_kept, 2),
-        _bytes_kept(w2, least_kept, 2), _bytes_kept(w3, least_kept, 2),
-    )  # fmt: skip
-    byte3 = interleave4(
-        _bytes_kept(w0, least_kept, 3), _bytes_kept(w1, least_kept, 3),
-        _bytes_kept(w2, least_kept, 3), _bytes_kept(w3, least_kept, 3),
-    )  # fmt: skip
-    return interleave4(byte0, byte1, byte2, byte3) != 0
-
-
-@triton.jit
-def keep_class_probability(state, stream, row, least_kept):
-    """``[Q]``: whether key 0, the last byte of block 0, is kept."""
-    _, _, _, w3 = philox_blocks(state, stream, row * 0, row)
-    return _bytes_kept(w3, least_kept, 3) != 0
-
-
-@triton.jit
 def uniform(word):
     """float32 in (0, 1): the top 23 bits plus a half."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
@@ -178,10 +139,10 @@ def _bytes_kept_in_place(word, least_kept):
 
 @triton.jit
 def keep_probability_bits(seed, step, stream, row, block, least_kept):
-    """:func:`keep_probabilities` with 16 probabilities in an int32, a fifth of its instructions.
+    """Dropout of attention probabilities, 8 bits each: which of a block's 16 are kept, as bits of an int32.
 
-    ``row`` and ``block`` broadcast; ``seed`` and ``step`` are loaded. :func:`bit_of_key` says which bit of
-    a block's int32 tells of which key.
+    ``row`` is ``packed query * heads + head``; block ``j`` holds the keys ``16 j - 15 ... 16 j``; the two
+    broadcast. ``seed`` and ``step`` are loaded. :func:`bit_of_key` says which bit tells of which key.
     """
     w0, w1, w2, w3 = tl.philox(
         seed, block.to(tl.uint32), row.to(tl.uint32), stream.to(tl.uint32), step.to(tl.uint32)

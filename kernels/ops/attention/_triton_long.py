@@ -56,7 +56,7 @@ def _forward_class(
     tl.store(lse + row, highest * scale + tl.log2(total) * LOG_2)
 
 
-@triton.jit(do_not_specialize=["stream", "least_kept"])
+@triton.jit(do_not_specialize=["heads", "stream", "least_kept"])
 def forward_long(
     qkv, out, lse, cu_seqlens, state, row_stride, part_stride, head_stride,
     heads, scale, stream, least_kept, keep_scale, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
@@ -124,7 +124,7 @@ def _backward_class_query(
     store_row(grad_qkv + (start * 3 * heads + head) * FEATURES, grad_q, scale, FIRST, SECOND, FEATURES)
 
 
-@triton.jit(do_not_specialize=["stream", "least_kept"])
+@triton.jit(do_not_specialize=["heads", "stream", "least_kept"])
 def backward_queries_long(
     grad, qkv, out, lse, delta, grad_qkv, cu_seqlens, state, row_stride, part_stride, head_stride,
     heads, scale, stream, least_kept, keep_scale, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
@@ -220,7 +220,7 @@ def _backward_class_key(
     store_row(first_target + heads * FEATURES, grad_class_v, keep_scale, FIRST, SECOND, FEATURES)
 
 
-@triton.jit(do_not_specialize=["stream", "least_kept"])
+@triton.jit(do_not_specialize=["heads", "stream", "least_kept"])
 def backward_keys_long(
     grad, qkv, lse, delta, grad_qkv, cu_seqlens, state, row_stride, part_stride, head_stride,
     heads, scale, stream, least_kept, keep_scale, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,

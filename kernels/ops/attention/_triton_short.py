@@ -33,7 +33,7 @@ from mage_fast.kernels.ops.attention._triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["stream", "least_kept"])
+@triton.jit(do_not_specialize=["heads", "stream", "least_kept"])
 def forward_short(
     qkv, out, lse, cu_seqlens, state, row_stride, part_stride, head_stride,
     heads, scale, stream, least_kept, keep_scale, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
@@ -75,7 +75,7 @@ def forward_short(
     tl.store(lse + class_row, highest * scale + tl.log2(total) * LOG_2)
 
 
-@triton.jit(do_not_specialize=["stream", "least_kept"])
+@triton.jit(do_not_specialize=["heads", "stream", "least_kept"])
 def backward_short(
     grad, qkv, out, lse, grad_qkv, cu_seqlens, state, row_stride, part_stride, head_stride,
     heads, scale, stream, least_kept, keep_scale, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,

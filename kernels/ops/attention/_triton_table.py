@@ -31,7 +31,7 @@ HALF: dict[str, dict[int, Widths]] = {
         100: {128: _SQUARE},
     },
     "backward_keys_long": {
-        80: {64: _SQUARE, 96: (32, 64, 4), 128: _SQUARE_8},
+        80: {64: _SQUARE, 96: (32, 32, 4), 128: _SQUARE_8},
         90: {64: _SQUARE, 128: _SQUARE_8},
         100: {128: _SQUARE},
     },

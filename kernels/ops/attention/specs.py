@@ -94,4 +94,8 @@ GPU_SPECS = (
     Spec("vit_b_unmasked", tuple(1 + 37 * i % 129 for i in range(128)), 12, 64),
     Spec("vit_b_encoder_no_dropout", (129,) * 128, 12, 64, 0.0),
     Spec("vit_b_decoder_no_dropout", (257,) * 128, 16, 48, 0.0),
+    *(
+        Spec(f"heads_{features}_no_dropout", (257,) * 16, 12, features, 0.0)
+        for features in (32, 64, 80, 96, 128)
+    ),
 )

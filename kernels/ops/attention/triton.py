@@ -106,7 +106,9 @@ def _short(kernel: str, qkv_T3HD: Tensor, max_seqlen: int) -> Tile | None:
     if found is None or max_seqlen > _SHORT:
         return None
     queries, keys, warps = found
-    return found if max_seqlen > queries // 2 + 1 else (queries // 2, keys, warps // 2)
+    if max_seqlen > queries // 2 + 1:
+        return found
+    return queries // 2, min(keys, 32) if kernel == "backward_short" else keys, warps // 2
 
 
 def _long(kernel: str, qkv_T3HD: Tensor) -> tuple[int, int, dict[str, int]]:
