@@ -21,7 +21,7 @@ HALF: dict[str, dict[int, Widths]] = {
     "forward_short": {80: {64: (128, 64, 8)}, 90: {64: (128, 64, 8)}, 100: {64: (128, 64, 8)}},
     "backward_short": {80: {64: (128, 32, 8)}, 90: {64: (128, 64, 8)}, 100: {64: (128, 32, 8)}},
     "forward_long": {
-        80: {64: _SQUARE, 128: _SQUARE_8},
+        80: {64: _SQUARE, 80: _SQUARE_8, 96: (64, 32, 4), 128: _SQUARE_8},
         90: {96: _SQUARE, 128: _SQUARE_8},
         100: {64: _SQUARE, 96: _SQUARE_8, 128: _SQUARE},
     },
