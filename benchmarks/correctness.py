@@ -43,14 +43,11 @@ ROUNDINGS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8}
 def tested(op: str, device: str) -> list[str]:
     """The implementations that follow the op's contract, without the reference where there is another."""
     case = Case(op, None, "fwd", device)
-    names = [name for name in implementations(op, device) if not case.draws_its_own(name)]
-    found = []
-    for name in names:
-        implementation = dispatch._find(op, name)
-        if not isinstance(implementation, str) and device in (
-            getattr(implementation, "DEVICES", None) or (device,)
-        ):
-            found.append(name)
+    found = [
+        name
+        for name in implementations(op, device)
+        if not case.draws_its_own(name) and not isinstance(dispatch._on(op, name, device), str)
+    ]
     return [name for name in found if name != "reference"] or found
 
 

@@ -69,13 +69,8 @@ class _ThroughToTriton(TorchDispatchMode):
         if func.namespace != "mage_fast" or args[-1] != "triton":
             return func(*args, **(kwargs or {}))
         name = func.name().removeprefix("mage_fast::")
-        module = dispatch._find(name.removesuffix("_backward"), "triton")
-        if isinstance(module, str):
-            raise dispatch.Unsupported(module)
-        reason = getattr(module, "unsupported", lambda *_: None)(name, *args[:-1])
-        if reason:
-            raise dispatch.Unsupported(reason)
-        return getattr(module, name)(*args[:-1])
+        triton = dispatch.select(name.removesuffix("_backward"), "triton", "cuda", name, args[:-1])
+        return getattr(triton, name)(*args[:-1])
 
 
 @contextmanager

@@ -15,11 +15,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -147,9 +145,7 @@ def _cotangent(y: Tensor, index: int) -> Tensor:
 
 def implementations(op: str, device: str, *, compiled: bool = True) -> list[str]:
     """Names of what is timed: the op's modules, its baseline, its peers; some may yet decline a case."""
-    folder = Path(kernels.__path__[0]) / "ops" / op
-    names = {m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")}
-    found = sorted(names - {"api", "specs"})
+    found = dispatch.implementations(op)
     if hasattr(module(op, "specs"), "baseline"):
         found.append(TORCH)
         if compiled and device == "cuda":

@@ -225,34 +225,27 @@ class TestTritonKernels:
             pytest.skip("kernels are compiled here")
 
     @staticmethod
-    def dots(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], max_seqlen: int) -> tuple[int, int]:
+    def dots(lengths: tuple[int, ...], max_seqlen: int) -> tuple[int, int]:
         """Matrix products of the forward and of the backward."""
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        before, calls = InterpreterBuilder.create_dot, [0]
-
-        def counted(*args: Any) -> Any:
-            calls[0] += 1
-            return before(*args)
+        from benchmarks.traffic import counted
 
         inputs = Spec("work", lengths, 1, 16, 0.0).inputs(torch.float16) | {"max_seqlen": max_seqlen}
-        with monkeypatch.context() as patch:
-            patch.setattr(InterpreterBuilder, "create_dot", counted)
+        with counted() as forward:
             out = attention(**inputs, implementation="triton")
-            forward = calls[0]
+        with counted() as backward:
             out.sum().backward()
-        return forward, calls[0] - forward
+        return forward.products, backward.products
 
-    def test_work_is_the_sum_over_sequences(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_work_is_the_sum_over_sequences(self) -> None:
         """A sequence of n has ceil((n - 1) / 64) tiles of keys, in long kernels as many of queries: two
         products a pair of tiles forward and, with recomputation in two kernels, 3 + 4 backward.
         """
         lengths = (1, 17, 0, 65, 129, 2)
         tiles = [-(-max(n - 1, 0) // 64) for n in lengths]
-        assert self.dots(monkeypatch, lengths, 129) == (2 * sum(tiles), 5 * sum(tiles))
+        assert self.dots(lengths, 129) == (2 * sum(tiles), 5 * sum(tiles))
         lengths = (1, 258, 66)
         pairs = sum((-(-(n - 1) // 64)) ** 2 for n in lengths)
-        assert self.dots(monkeypatch, lengths, 258) == (2 * pairs, 7 * pairs)
+        assert self.dots(lengths, 258) == (2 * pairs, 7 * pairs)
 
     @pytest.mark.parametrize("length", [66, 130])
     def test_addresses_past_two_to_the_31(self, length: int) -> None:

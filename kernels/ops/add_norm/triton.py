@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_fast.kernels import rng, triton_support
+from mage_fast.kernels import triton_support
 from mage_fast.kernels.triton_random import keep_row
 from mage_fast.kernels.triton_sums import sum_partials
-from mage_fast.kernels.triton_support import DEVICES, multiprocessors
+from mage_fast.kernels.triton_support import DEVICES, multiprocessors, row_columns, row_dropout
 
 __all__ = ["DEVICES", "add_norm", "add_norm_backward", "unsupported"]
 #: A row is held in registers. Fewer where loads are of two widths or not aligned, which takes more of them.
@@ -116,7 +116,7 @@ def add_norm(
         columns = triton.next_power_of_2(features)
         _forward[(rows,)](
             branch_TD, residual_TD, weight_D.contiguous(), bias_D.contiguous(), out_TD, normed_TD, mean_T1,
-            rstd_T1, eps, *_dropout_arguments(branch_TD, dropout, rng_state, stream),
+            rstd_T1, eps, *row_dropout(branch_TD, dropout, rng_state, stream),
             num_warps=_warps(columns, 32),
         )  # fmt: skip
     return out_TD, normed_TD, mean_T1, rstd_T1
@@ -139,7 +139,7 @@ def add_norm_backward(
     grad_branch_TD, grad_residual_TD = torch.empty_like(grad_normed_TD), torch.empty_like(out_TD)
     grad_weight_D = weight_D.new_empty(features)
     grad_bias_D = weight_D.new_empty(features)
-    columns = max(16, triton.next_power_of_2(features))
+    columns = row_columns(features)
     warps = _warps(columns, 8)
     programs = min(rows, max(1, _WARPS // warps) * multiprocessors(out_TD))
     partial_2PD = out_TD.new_empty((2, programs, features), dtype=torch.float32)
@@ -147,7 +147,7 @@ def add_norm_backward(
         _backward[(programs,)](
             grad_out_TD, grad_normed_TD, out_TD, mean_T1.contiguous(), rstd_T1.contiguous(),
             weight_D.contiguous(), grad_branch_TD, grad_residual_TD, partial_2PD, rows,
-            *_dropout_arguments(grad_normed_TD, dropout, rng_state, stream), num_warps=warps,
+            *row_dropout(grad_normed_TD, dropout, rng_state, stream), num_warps=warps,
         )  # fmt: skip
     sum_partials(partial_2PD, grad_weight_D, grad_bias_D)
     return grad_branch_TD, grad_residual_TD, grad_weight_D, grad_bias_D
@@ -156,13 +156,3 @@ def add_norm_backward(
 def _warps(columns: int, elements: int) -> int:
     """Of a program whose threads hold about that many elements of a row each."""
     return min(16, max(1, columns // (32 * elements)))
-
-
-def _dropout_arguments(branch_TD: Tensor, dropout: float, rng_state: Tensor | None, stream: int) -> tuple:
-    features = branch_TD.shape[1]
-    bits = rng.ACTIVATION_BITS
-    return (
-        branch_TD if rng_state is None else rng_state.contiguous(), features, stream,
-        rng.least_kept(dropout, bits), rng.keep_scale(dropout, bits), dropout > 0.0, features % 8 == 0,
-        16 // max(2, branch_TD.element_size()), max(16, triton.next_power_of_2(features)),
-    )  # fmt: skip

@@ -13,7 +13,7 @@ from mage_fast.kernels.ops.attention import _triton_long as long
 from mage_fast.kernels.ops.attention import _triton_short as short
 from mage_fast.kernels.ops.attention._triton_table import Tile, tile
 from mage_fast.kernels.ops.attention._triton_tiles import parts
-from mage_fast.kernels.triton_support import DEVICES
+from mage_fast.kernels.triton_support import DEVICES, unit_stride
 
 __all__ = ["DEVICES", "attention", "attention_backward", "unsupported"]
 #: The longest sequence that one program of the short kernels owns: a class token and 128 others.
@@ -43,7 +43,7 @@ def attention(
     stream: int,
 ) -> tuple[Tensor, Tensor]:
     total, _, heads, features = qkv_T3HD.shape
-    qkv_T3HD = _unit_stride(qkv_T3HD)
+    qkv_T3HD = unit_stride(qkv_T3HD)
     out_THD = qkv_T3HD.new_empty((total, heads, features))
     lse_TH = qkv_T3HD.new_empty((total, heads), dtype=torch.float32)
     sequences = len(cu_seqlens) - 1
@@ -76,7 +76,7 @@ def attention_backward(
 ) -> Tensor:
     total, _, heads, _ = qkv_T3HD.shape
     grad_qkv_T3HD = torch.empty_like(qkv_T3HD, memory_format=torch.contiguous_format)
-    qkv_T3HD = _unit_stride(qkv_T3HD)
+    qkv_T3HD = unit_stride(qkv_T3HD)
     grad_THD, out_THD, lse_TH = grad_THD.contiguous(), out_THD.contiguous(), lse_TH.contiguous()
     sequences = len(cu_seqlens) - 1
     if not total * heads:
@@ -117,11 +117,6 @@ def _long(kernel: str, qkv_T3HD: Tensor) -> tuple[int, int, dict[str, int]]:
     assert found is not None  # or unsupported would have said so
     queries, keys, warps = found
     return queries, keys, {"num_warps": warps, "num_stages": 1 if qkv_T3HD.dtype == torch.float32 else 3}
-
-
-def _unit_stride(qkv_T3HD: Tensor) -> Tensor:
-    """Read in place wherever a row's features lie side by side."""
-    return qkv_T3HD if qkv_T3HD.stride(3) == 1 else qkv_T3HD.contiguous()
 
 
 def _common(

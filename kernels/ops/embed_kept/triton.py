@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_fast.kernels import rng, triton_support
+from mage_fast.kernels import triton_support
 from mage_fast.kernels.triton_random import keep_row
 from mage_fast.kernels.triton_sums import sum_partials
-from mage_fast.kernels.triton_support import DEVICES, multiprocessors
+from mage_fast.kernels.triton_support import DEVICES, multiprocessors, row_columns, row_dropout
 
 __all__ = ["DEVICES", "embed_kept", "embed_kept_backward", "unsupported"]
 #: A row is held in registers. A quarter as many where loads are not aligned, which takes more.
@@ -183,13 +183,13 @@ def embed_kept(
     mean_T1 = word_weight_VD.new_empty((rows, 1), dtype=torch.float32)
     rstd_T1 = torch.empty_like(mean_T1)
     if rows and features:
-        columns = _columns(features)
+        columns = row_columns(features)
         _forward[(rows,)](
             ids_BL.contiguous(), class_ids_B.contiguous(), positions_T.contiguous(),
             is_masked_BL.contiguous(), word_weight_VD.contiguous(), position_weight_SD.contiguous(),
             norm_weight_D.contiguous(), norm_bias_D.contiguous(), x_TD, ids_T, mean_T1, rstd_T1,
             mask_token_id, ids_BL.shape[1], eps,
-            *_dropout_arguments(x_TD, dropout, rng_state, stream),
+            *row_dropout(x_TD, dropout, rng_state, stream),
             num_warps=min(32, max(1, columns * x_TD.element_size() // 2048)),
         )  # fmt: skip
     return x_TD, ids_T, mean_T1, rstd_T1
@@ -211,7 +211,7 @@ def embed_kept_backward(
     grad_TD = grad_TD.contiguous()
     (rows, features), sequence = grad_TD.shape, position_weight_SD.shape[0]
     grad_embedded_TD = grad_TD.new_empty((rows, features), dtype=torch.float32)
-    warps = min(16, max(1, _columns(features) // 256))
+    warps = min(16, max(1, row_columns(features) // 256))
     programs = min(rows, max(1, _WARPS // warps) * multiprocessors(grad_TD))
     partial_2PD = grad_TD.new_empty((2, programs, features), dtype=torch.float32)
     if rows:
@@ -219,7 +219,7 @@ def embed_kept_backward(
             grad_TD, ids_T.contiguous(), positions_T.contiguous(), mean_T1.contiguous(), rstd_T1.contiguous(),
             word_weight_VD.contiguous(), position_weight_SD.contiguous(), norm_weight_D.contiguous(),
             grad_embedded_TD, partial_2PD, rows, sequence,
-            *_dropout_arguments(grad_TD, dropout, rng_state, stream), num_warps=warps,
+            *row_dropout(grad_TD, dropout, rng_state, stream), num_warps=warps,
         )  # fmt: skip
     grad_weight_D, grad_bias_D = norm_weight_D.new_empty(features), norm_weight_D.new_empty(features)
     sum_partials(partial_2PD, grad_weight_D, grad_bias_D)
@@ -256,17 +256,3 @@ def _sum_by_key(
         num_warps=2,
     )  # fmt: skip
     return grad_word_VD, grad_position_SD
-
-
-def _columns(features: int) -> int:
-    return max(16, triton.next_power_of_2(features))
-
-
-def _dropout_arguments(x_TD: Tensor, dropout: float, rng_state: Tensor | None, stream: int) -> tuple:
-    features = x_TD.shape[1]
-    bits = rng.ACTIVATION_BITS
-    return (
-        x_TD if rng_state is None else rng_state.contiguous(), features, stream,
-        rng.least_kept(dropout, bits), rng.keep_scale(dropout, bits), dropout > 0.0, features % 8 == 0,
-        16 // max(2, x_TD.element_size()), _columns(features),
-    )  # fmt: skip

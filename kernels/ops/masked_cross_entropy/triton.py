@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mage_fast.kernels.triton_support import DEVICES, unsupported
+from mage_fast.kernels.triton_support import DEVICES, unit_stride, unsupported
 
 __all__ = ["DEVICES", "masked_cross_entropy", "masked_cross_entropy_backward", "unsupported"]
 #: Elements that a warp holds, 32 a lane; rows of up to _ONE_TILE classes stay in registers (16 warps).
@@ -180,11 +180,6 @@ def masked_cross_entropy_backward(
             label_smoothing, label_smoothing > 0.0, classes, tile, num_warps=_warps(tile),
         )  # fmt: skip
     return grad_NC
-
-
-def unit_stride(logits: Tensor) -> Tensor:
-    """As it is where classes lie next to each other (a slice of a wider row, say), else a copy."""
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 def _warps(tile: int) -> int:

@@ -19,10 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mage_fast.kernels import rng, triton_support
-from mage_fast.kernels.ops.masked_cross_entropy.triton import unit_stride
 from mage_fast.kernels.rng import Stream
 from mage_fast.kernels.triton_random import gumbel, word_of_elements, words
-from mage_fast.kernels.triton_support import DEVICES
+from mage_fast.kernels.triton_support import DEVICES, unit_stride
 
 __all__ = ["DEVICES", "sample_confident", "unsupported"]
 #: A row of codes, and a sample's tokens, are one tile.
