@@ -19,7 +19,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARY = "libmage_fast_cpu.so"
+#: One library for each instruction set (CMakeLists.txt); this one is there on every kind of processor.
+LIBRARY, LIBRARIES = "libmage_fast_cpu_default.so", "libmage_fast_cpu_*.so"
 REQUIRED = os.environ.get("MAGE_FAST_REQUIRE_EXTENSION", "0") == "1"
 
 
@@ -31,10 +32,16 @@ class CMakeExtension(Extension):
 
 
 class BuildExtension(build_ext):
-    """Runs CMake and puts the library beside the Python files of the kernels."""
+    """Runs CMake and puts the libraries beside the Python files of the kernels."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: setuptools knows of one library only."""
+        built = Path(self.build_lib) / self.get_ext_filename(self.extensions[0].name)
+        for library in built.parent.glob(LIBRARIES):
+            shutil.copy(library, ROOT / "kernels")
 
     def build_extension(self, ext: Extension) -> None:
         torch = importlib.util.find_spec("torch")

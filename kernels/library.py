@@ -19,7 +19,9 @@ from torch import Tensor
 from mage_fast.kernels import dispatch
 
 _library = torch.library.Library("mage_fast", "FRAGMENT")
-EXTENSION = Path(__file__).parent / "libmage_fast_cpu.so"
+#: Where the libraries of the C++ kernels are, one for each instruction set.
+EXTENSION_FOLDER = Path(__file__).parent
+_INSTRUCTION_SETS = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
 def define(
@@ -68,15 +70,21 @@ def define(
 
 
 @cache
-def load_extension() -> None:
-    """Load the compiled CPU ops once.
+def load_extension() -> str:
+    """Load the compiled CPU ops once: the library for the best instruction set that torch finds here.
+
+    Returns:
+        The instruction set: ``"avx512"``, ``"avx2"``, or ``"default"``, what every processor of the kind has.
 
     Raises:
         Unsupported: the extension was not built, or was built for another torch.
     """
-    if not EXTENSION.exists():
+    best = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), "default")
+    library = EXTENSION_FOLDER / f"libmage_fast_cpu_{best}.so"
+    if not library.exists():
         raise dispatch.Unsupported("the C++ extension was not built (no compiler at install time?)")
     try:
-        torch.ops.load_library(str(EXTENSION))
+        torch.ops.load_library(str(library))
     except OSError as error:
         raise dispatch.Unsupported(f"the C++ extension does not load: {error}") from error
+    return best

@@ -58,7 +58,7 @@ from pathlib import Path
 import torch
 import mage_fast
 from mage_fast.kernels import library
-library.EXTENSION = Path("missing.so")
+library.EXTENSION_FOLDER = Path("missing")
 state = torch.tensor([7, 0])
 print(mage_fast.ops.philox(state, 1, 2, 3).shape)
 try:

@@ -48,10 +48,9 @@ def run(config: EnvConfig) -> dict[str, str]:
 
 def _extension() -> str:
     try:
-        library.load_extension()
+        return f"loaded, compiled for {library.load_extension()}"
     except dispatch.Unsupported as error:
-        return f"missing: {error}"
-    return "loaded"
+        return f"missing: {error}; the CPU runs plain PyTorch"
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list) -> Table:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mage_fast.kernels.library import load_extension
+from mage_fast.kernels.cpp_support import DEVICES, unsupported
 
-DEVICES = ("cpu",)
-load_extension()
+__all__ = ["DEVICES", "philox", "unsupported"]
 
 
 def philox(state: Tensor, stream: int, high: int, low: int, first_high: int) -> Tensor:
-    return torch.ops.mage_fast_cpu.philox(state.contiguous(), stream, high, low, first_high)
+    words = state.new_empty((high, low, 4), dtype=torch.int32)
+    torch.ops.mage_fast_cpu.philox(state.contiguous(), stream, first_high, words)
+    return words

@@ -1,0 +1,141 @@
+// Vectors of kLanes floats. The compiler's vector extensions give every operator, on any processor; each
+// library is compiled for one instruction set (CMakeLists.txt), which decides how wide a vector is.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mage_fast {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;  // SSE2, NEON
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t Longs __attribute__((vector_size(kVectorBytes)));  // kLanes / 2 of them
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The same value in every lane.
+inline Floats all(float x) { return Floats{} + x; }
+inline Ints all(int32_t x) { return Ints{} + x; }
+
+// 0, 1, 2, ... kLanes - 1
+inline Ints lane_numbers() {
+  Ints lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
+// A comparison gives Ints of -1 (true) and 0; with it: select(a < b, a, b).
+inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+inline Ints select(Ints condition, Ints yes, Ints no) { return condition ? yes : no; }
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }  // b where either is NaN
+inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
+
+inline Ints bits(Floats x) { return reinterpret_cast<Ints>(x); }
+inline Floats floats(Ints x) { return reinterpret_cast<Floats>(x); }
+inline Floats abs(Floats x) { return floats(bits(x) & 0x7FFFFFFF); }
+
+// Whole vectors, aligned or not.
+template <class Vector, class T>
+inline Vector load_as(const T* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+inline Floats load(const float* from) { return load_as<Floats>(from); }
+inline Floats load(const BFloat16* from) {
+  const Words words = __builtin_convertvector(load_as<Halves>(from), Words) << 16;
+  return reinterpret_cast<Floats>(words);
+}
+
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+inline void store(BFloat16* to, Floats x) {  // to nearest, ties to even; NaN stays NaN
+  const Words word = reinterpret_cast<Words>(x);
+  const Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+  const Halves halves = __builtin_convertvector(x == x ? rounded : (Words{} + 0x7FC0), Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+
+// The first `count` elements only; the other lanes read `fill`.
+template <class T>
+inline Floats load(const T* from, int64_t count, float fill = 0.0f) {
+  if (count == kLanes) return load(from);
+  T whole[kLanes] = {};
+  std::memcpy(whole, from, count * sizeof(T));
+  return select(lane_numbers() < static_cast<int32_t>(count), load(whole), all(fill));
+}
+
+template <class T>
+inline void store(T* to, Floats x, int64_t count) {
+  if (count == kLanes) return store(to, x);
+  T whole[kLanes];
+  store(whole, x);
+  std::memcpy(to, whole, count * sizeof(T));
+}
+
+// f(first, kLanes) for every whole vector of `size` elements, then f(first, rest). Inlined, the first call
+// sees a constant count, so its loads and stores are whole vectors.
+template <class F>
+inline __attribute__((always_inline)) void for_vectors(int64_t size, const F& f) {
+  int64_t first = 0;
+  for (; first + kLanes <= size; first += kLanes) f(first, std::integral_constant<int64_t, kLanes>{});
+  if (first < size) f(first, size - first);
+}
+
+// Over the lanes, in halves: the same order always.
+inline float sum(Floats x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+inline float max(Floats x) {  // NaN in a lane may be lost
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] = lanes[lane] > lanes[lane + half] ? lanes[lane] : lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
+// 64-bit products of the low 32 bits of every 64-bit lane.
+inline Longs multiply_low(Longs a, Longs b) {
+#if defined(__AVX512F__)
+  // maskz: GCC 12 warns of its own unmasked one (bug 105593)
+  return reinterpret_cast<Longs>(
+      _mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Longs>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<Longs>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+}  // namespace mage_fast
