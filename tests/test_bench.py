@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mage_fast.benchmark import measure, records
+from mage_fast.benchmark import measure, records, training
 from mage_fast.cli import main
 from mage_fast.kernels import dispatch
 from tests.test_benchmarks import NOT_INTERPRETED, bad_norm
@@ -27,7 +28,7 @@ def test_tables_records_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert str(out) in printed.replace("\n", "")
     found = json.loads(out.read_text())
     assert all(tuple(r) == records.FIELDS for r in found)
-    assert {r["name"] for r in found if r["suite"] == "device"} == {"copy", "gemm/float32"}
+    assert {r["name"] for r in found if r["suite"] == "device"} == {"copy", "gemm/bfloat16", "gemm/float32"}
     kernels = [r for r in found if r["suite"] == "kernels"]
     assert {r["name"].split("/")[0] for r in kernels} == {"philox", "bias_gelu"}
     for r in kernels:
@@ -45,6 +46,36 @@ def test_a_spec_by_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*QUICK, "--op", "bias_gelu", "--spec", "tiny_no_dropout", "--out", str(out)]) == 0
     names = {r["name"] for r in json.loads(out.read_text()) if r["suite"] == "kernels"}
     assert names == {"bias_gelu/tiny_no_dropout/fwd", "bias_gelu/tiny_no_dropout/fwd+bwd"}
+
+
+def test_the_ops_in_bfloat16(tmp_path: Path) -> None:
+    out = tmp_path / "records.json"
+    assert main([*QUICK, "--op", "bias_gelu", "--dtype", "bfloat16", "--out", str(out)]) == 0
+    assert {r["dtype"] for r in json.loads(out.read_text()) if r["suite"] == "kernels"} == {"bfloat16"}
+
+
+def test_training_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "records.json"
+    assert main([*QUICK, "--suite", "train", "--out", str(out)]) == 0
+    steps = [r for r in json.loads(out.read_text()) if r["suite"] == "train"]
+    assert [(r["name"], r["implementation"], r["dtype"]) for r in steps] == [
+        ("tiny/tokens-given", "reference-eager-fp32", "float32"),
+        ("tiny/tokens-given", "mage_fast", "float32"),
+        ("tiny/tokens-given", "mage_fast", "bfloat16"),
+    ]
+    for r in steps:
+        assert r["ratio"] == pytest.approx(r["baseline_median_ms"] / r["median_ms"])
+    assert "tiny/tokens-given" in capsys.readouterr().out
+
+
+def test_a_wrong_training_step_is_not_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "TOLERANCE", {torch.float32: 1e-9})
+    out = tmp_path / "records.json"
+    assert main([*QUICK, "--suite", "train", "--out", str(out)]) == 1
+    assert "incorrect: tiny/tokens-given, torch.float32: loss" in capsys.readouterr().out
+    assert not [r for r in json.loads(out.read_text()) if r["suite"] == "train"]
 
 
 def test_a_wrong_result_is_red_and_exits_with_1(

@@ -272,7 +272,8 @@ def test_limits_are_bytes_and_flops_a_second() -> None:
     assert device.bandwidth_bytes_s == 1e12
     assert device.peak_flops == {"float32": 2e9}
     assert limits.as_device(found[:1]) is None
-    assert [r["name"] for r in limits.measure("cpu", 0.001, smoke=True)] == ["copy", "gemm/float32"]
+    names = [r["name"] for r in limits.measure("cpu", 0.001, smoke=True)]
+    assert names == ["copy", "gemm/bfloat16", "gemm/float32"]
 
 
 # Records, plots, README

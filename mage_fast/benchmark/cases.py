@@ -42,6 +42,8 @@ class Case:
     spec: Any
     direction: str
     device: str
+    #: What floating inputs are computed in; the device's own choice without.
+    precision: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -54,7 +56,7 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """Random words and mask plans have no floating input: int32."""
-        return DTYPE[self.device] if is_floating(self.spec) else torch.int32
+        return (self.precision or DTYPE[self.device]) if is_floating(self.spec) else torch.int32
 
     @property
     def backward(self) -> bool:
@@ -168,10 +170,12 @@ def directions(op: str) -> list[str]:
     return ["fwd"] + ["fwd+bwd"] * any(x.requires_grad for x in tensors(tiny))
 
 
-def cases(ops: tuple[str, ...], device: str, *, smoke: bool = False) -> list[Case]:
+def cases(
+    ops: tuple[str, ...], device: str, *, smoke: bool = False, dtype: torch.dtype | None = None
+) -> list[Case]:
     """Every case of the ops."""
     return [
-        Case(op, spec, direction, device)
+        Case(op, spec, direction, device, dtype)
         for op in ops
         for spec in specs(op, device, smoke=smoke)
         for direction in directions(op)

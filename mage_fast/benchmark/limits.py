@@ -28,7 +28,8 @@ def measure(device: str, seconds: float, *, smoke: bool = False) -> list[dict[st
     del copied, target
     side = SIDE[size]
     shape = {"m": side, "n": side, "k": side}
-    for name in ("bfloat16", "float16", "tf32", "float32") if device == "cuda" else ("float32",):
+    on_gpu = ("float16", "tf32") if device == "cuda" else ()
+    for name in ("bfloat16", *on_gpu, "float32"):
         dtype = torch.float32 if name == "tf32" else getattr(torch, name)
         a, b = torch.randn(2, side, side, device=device).to(dtype)
         out = torch.empty_like(a)

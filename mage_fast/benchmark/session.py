@@ -1,4 +1,4 @@
-"""A whole benchmark: the device's limits, then case after case, each kept as soon as it is measured."""
+"""Whole benchmarks: the device's limits, then case after case, each kept as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from mage_fast.benchmark import cases, limits, measure, plots, records, tables
+from mage_fast.benchmark import cases, limits, measure, plots, records, tables, training
+from mage_fast.benchmark.gate import Incorrect
 from mage_fast.kernels.roofline import Device
 
 
@@ -27,20 +28,17 @@ class Session:
     specs: Sequence[str] = ()
     compiled: bool = True
     smoke: bool = False
+    #: What floating inputs are computed in; the device's own choice without.
+    dtype: torch.dtype | None = None
 
     def cases(self) -> list[cases.Case]:
-        found = cases.cases(tuple(self.ops), self.device, smoke=self.smoke)
+        found = cases.cases(tuple(self.ops), self.device, smoke=self.smoke, dtype=self.dtype)
         return [case for case in found if not self.specs or case.spec.name in self.specs]
 
     def run(self, console: Console) -> dict[str, Any]:
         """Measure and print the tables; returns counts and the record file."""
-        records.update(self.out, [])  # a file that cannot be written is found now
-        measured = limits.measure(self.device, self.seconds, smoke=self.smoke)
-        records.update(self.out, records.complete(measured, self.device))
-        ceiling = limits.as_device(measured)
-        assert ceiling is not None
+        ceiling = _ceiling(self.device, self.out, self.seconds, console, smoke=self.smoke)
         name = records.device_name(self.device)
-        console.print(tables.limits(ceiling, f"Measured limits: {name}"))
         rows: list[measure.Row] = []
         try:
             for case in track(self.cases(), "bench", console=Console(stderr=True)):
@@ -69,3 +67,32 @@ class Session:
         """Draw what the record file holds of this device."""
         name = records.device_name(self.device)
         return plots.draw([r for r in records.read(self.out) if r["device"] == name], self.out)
+
+
+def train(device: str, out: Path, seconds: float, console: Console, *, smoke: bool = False) -> dict[str, Any]:
+    """Measure whole training steps and print their table; returns counts and the record file.
+
+    Each implementation is timed for ``seconds``, four steps at least.
+    """
+    ceiling = _ceiling(device, out, min(seconds, 0.5), console, smoke=smoke)
+    timed, incorrect = [], 0
+    for step in track(training.steps(device, smoke=smoke), "bench", console=Console(stderr=True)):
+        try:
+            timed += training.measure(step, ceiling, seconds)
+        except Incorrect as error:
+            incorrect += 1
+            console.print(f"incorrect: {error}", markup=False)
+        records.update(out, records.complete(timed, device))
+    console.print(tables.end_to_end(timed, f"Training steps: {records.device_name(device)}"))
+    return {"timed": len(timed), "incorrect": incorrect, "out": str(out)}
+
+
+def _ceiling(device: str, out: Path, seconds: float, console: Console, *, smoke: bool) -> Device:
+    """The device's limits: measured, recorded, printed."""
+    records.update(out, [])  # a file that cannot be written is found now
+    measured = limits.measure(device, seconds, smoke=smoke)
+    records.update(out, records.complete(measured, device))
+    ceiling = limits.as_device(measured)
+    assert ceiling is not None
+    console.print(tables.limits(ceiling, f"Measured limits: {records.device_name(device)}"))
+    return ceiling

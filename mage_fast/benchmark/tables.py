@@ -43,6 +43,23 @@ def measured(rows: Iterable[Row], title: str) -> Table:
     return table
 
 
+def end_to_end(records: Iterable[dict[str, Any]], title: str) -> Table:
+    """One line a record of a suite of whole steps; the baseline is among them."""
+    table = Table(title=title, title_justify="left")
+    for column in ("name", "implementation", "dtype"):
+        table.add_column(column)
+    for column in ("median ms", "img/s", "ratio", "% of floor", "peak MiB", "rounds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in records:
+        images = 1e3 * r["shape"]["batch"] / r["median_ms"]
+        ratio = "baseline" if r["implementation"] == r["baseline"] else f"{r['ratio']:.2f}"
+        numbers = (f"{images:.2f}", ratio, f"{r['percent_of_floor']:.1f}", _number(r["peak_mib"], ".0f"))
+        table.add_row(
+            r["name"], r["implementation"], r["dtype"], f"{r['median_ms']:.1f}", *numbers, str(r["rounds"])
+        )
+    return table
+
+
 def remarks(rows: Iterable[Row]) -> list[str]:
     """What the table has no room for: wrong results, who declined what and why, graphs that failed."""
     found: dict[str, None] = {}  # each remark once, in order
@@ -92,16 +109,12 @@ def paper(device: Device, ops: Iterable[str]) -> Table:
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """The timed implementations of one device's records, for README.md; references are left out."""
-    kernels = [
-        r
-        for r in records
-        if r["suite"] == "kernels" and r["implementation"] not in (r["baseline"], "reference") and r["ratio"]
-    ]
+    compared = [r for r in records if r["implementation"] not in (r["baseline"], "reference") and r["ratio"]]
     lines = [
         "| op / spec / direction | dtype | implementation | ms | baseline | ratio | % of floor |",
         "|---|---|---|--:|---|--:|--:|",
     ]
-    for r in kernels:
+    for r in sorted(compared, key=lambda r: r["suite"] == "kernels"):  # whole steps first
         floor = _number(r["percent_of_floor"], ".0f")
         lines.append(
             f"| `{r['name']}` | {r['dtype']} | {r['implementation']} | {r['median_ms']:.3f} "

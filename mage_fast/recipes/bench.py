@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
-from mage_fast.benchmark import cases, records, tables
+from mage_fast.benchmark import cases, records, session, tables
 from mage_fast.benchmark.session import Session
 from mage_fast.errors import InputError
 from mage_fast.kernels import dispatch
@@ -18,17 +19,20 @@ from mage_fast.training.run import pick_device
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Time every implementation of the ops side by side, behind a correctness gate."""
+    """Time the ops' implementations, or whole training steps, side by side, behind a correctness gate."""
 
-    suite: Literal["kernels"] = "kernels"
+    #: kernels: every op at its real shapes. train: training from given tokens, beside the reference.
+    suite: Literal["kernels", "train"] = "kernels"
     #: Only these ops; all of them without.
     op: tuple[str, ...] = ()
     #: Only the shapes of these names, as ``specs.py`` of the ops has them.
     spec: tuple[str, ...] = ()
     device: str = "auto"
+    #: What the ops compute in; auto: bfloat16 on CUDA, float32 on a CPU. Training steps are timed in both.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     #: Record file, to which measurements are added; out/bench/<device>.json without. Plots go beside it.
     out: Path | None = None
-    #: About how long each implementation is timed.
+    #: About how long each implementation is timed; at least four rounds.
     seconds: float = 0.2
     #: On CUDA: also the plain PyTorch chain under torch.compile, which takes a while to compile.
     compile: bool = True
@@ -61,9 +65,14 @@ def run(config: BenchConfig) -> dict[str, Any]:
     if missing := sorted(set(config.spec) - known):
         raise InputError(f"bench: no spec named {missing[0]!r}; there are {', '.join(sorted(known))}")
     out = config.out or Path("out/bench") / f"{records.slug(device)}.json"
-    session = Session(ops, device, out, config.seconds, config.spec, config.compile, config.smoke)
-    result = session.run(console)
-    pictures = [str(path) for path in session.plot()]
+    if config.suite == "train":
+        result = session.train(device, out, config.seconds, console, smoke=config.smoke)
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+        return result
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    kernels = Session(ops, device, out, config.seconds, config.spec, config.compile, config.smoke, dtype)
+    result = kernels.run(console)
+    pictures = [str(path) for path in kernels.plot()]
     for path in (str(out), *pictures):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return result | {"plots": pictures}
