@@ -7,7 +7,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench compile-gate lint format clean
+.PHONY: help setup demo test bench sanitize compile-gate lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,19 @@ test: $(STAMP) ## the whole test suite
 
 bench: $(STAMP) ## time every op at its real shapes; writes benchmarks/results/<device>.json
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-max-time 0.5
+
+# The libraries with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests of every C++ kernel, on each
+# instruction set that this processor has. Leaks are not looked for: Python itself leaks at exit.
+SANITIZED := build/sanitize
+sanitize: $(STAMP) ## the C++ kernels' tests under AddressSanitizer and UBSan
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DMAGE_FAST_SANITIZE=ON \
+	  -DTORCH_ROOT="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')" >/dev/null
+	$(BIN)/cmake --build $(SANITIZED)
+	for isa in $$($(BIN)/python -m tests.instruction_sets); do \
+	  echo "$$isa:" && ATEN_CPU_CAPABILITY=$$isa LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -q tests/kernels -k "cpp and not compile and not opcheck" --extension-folder $(SANITIZED) || exit 1; \
+	done
 
 compile-gate: $(STAMP) ## compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(BIN)/python -m benchmarks.compile_gate

@@ -1,8 +1,23 @@
 """Without a GPU, Triton kernels run in Triton's interpreter; that is chosen before triton is imported."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--extension-folder", type=Path, help="take the C++ libraries from there (a build with sanitizers)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from mage_fast.kernels import library
+
+    if folder := config.getoption("--extension-folder"):
+        library.EXTENSION_FOLDER = folder.resolve(strict=True)

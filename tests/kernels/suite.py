@@ -192,6 +192,7 @@ class OpSuite:
         tiny = [s for s in self.specs() if s.name.startswith("tiny")]
         choices: dict[str, tuple[list, Callable]] = {
             "target": (targets(self.op), str),
+            "compiled": ([p for p in targets(self.op) if p.values[0].implementation == "cpp"], str),
             "spec": (list(self.specs()), lambda s: s.name),
             "tiny": (tiny, lambda s: s.name),
             "dtype": (list(self.dtypes), lambda d: str(d).removeprefix("torch.")),
@@ -203,7 +204,7 @@ class OpSuite:
             choices = {name: choice for name, choice in choices.items() if name not in ("target", "spec")}
         for name, (values, label) in choices.items():
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, values, ids=None if name == "target" else label)
+                metafunc.parametrize(name, values, ids=None if name in ("target", "compiled") else label)
 
     def specs(self) -> tuple:
         return importlib.import_module(f"mage_fast.kernels.ops.{self.op}.specs").SPECS
@@ -266,6 +267,17 @@ class OpSuite:
         wanted = differentiate(self.function(target), inputs)
         with nan_filled_buffers():
             assert_equal(differentiate(self.function(target), inputs), wanted)
+
+    def test_the_number_of_threads_does_not_change_a_bit(self, compiled: Target, spec: Any) -> None:
+        inputs, before, found = spec.inputs(self.dtype), torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(differentiate(self.function(compiled), inputs))
+        finally:
+            torch.set_num_threads(before)
+        assert_equal(found[1], found[0])
+        assert_equal(found[2], found[0])
 
     def test_autocast_changes_nothing(self, target: Target, tiny: Any) -> None:
         inputs = tiny.inputs(self.dtype, target.device)

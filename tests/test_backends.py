@@ -1,4 +1,7 @@
-"""The whole model on the Triton kernels, interpreted without a GPU, against itself on the reference ops."""
+"""The whole model on each backend's kernels against itself on the reference ops.
+
+Triton is interpreted without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,37 @@ from mage_fast.kernels import dispatch, rng
 from mage_fast.model import MAGE
 from mage_fast.sampler import SamplerConfig, generate_ids
 
-pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Backend and the device that it runs on here; "reference" runs beside it there.
+BACKENDS = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
-def _model(**changes: object) -> MAGE:
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    found = dispatch._find("add_norm", request.param)
+    return pytest.skip(found) if isinstance(found, str) else request.param
+
+
+def _model(backend: str, **changes: object) -> MAGE:
     torch.manual_seed(0)
-    return MAGE(MAGEConfig.tiny(encoder_depth=1, decoder_depth=1, **changes)).to(DEVICE)
+    return MAGE(MAGEConfig.tiny(encoder_depth=1, decoder_depth=1, **changes)).to(BACKENDS[backend])
 
 
 @pytest.mark.parametrize("encoder_tokens", ["paper", "unmasked"])
-def test_a_training_step_has_the_same_masks_dropout_loss_and_gradients(encoder_tokens: str) -> None:
+def test_a_training_step_has_the_same_masks_dropout_loss_and_gradients(
+    backend: str, encoder_tokens: str
+) -> None:
     """Per-sample ratios, so that sequences differ in length in the "unmasked" mode."""
-    model = _model(encoder_tokens=encoder_tokens).train()
-    ids = torch.randint(32, (3, 16), device=DEVICE)
+    model = _model(backend, encoder_tokens=encoder_tokens).train()
+    ids = torch.randint(32, (3, 16), device=BACKENDS[backend])
     found = {}
-    for implementation in ("reference", "triton"):
+    for implementation in ("reference", backend):
         with dispatch.use_implementation(implementation):
             output = model(ids, mask_ratios_B=torch.tensor([0.5, 0.75, 1.0]), rng_state=rng.new_state(7))
             model.zero_grad()
             output.loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found[implementation] = (output, grads)
-    (wanted, wanted_grads), (got, got_grads) = found["reference"], found["triton"]
+    (wanted, wanted_grads), (got, got_grads) = found["reference"], found[backend]
     assert torch.equal(got.plan.is_masked_BL, wanted.plan.is_masked_BL)
     assert torch.equal(got.plan.positions_T, wanted.plan.positions_T)
     torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-5, atol=1e-6)
@@ -42,10 +53,10 @@ def test_a_training_step_has_the_same_masks_dropout_loss_and_gradients(encoder_t
         torch.testing.assert_close(got_grads[name], grad, rtol=0, atol=2e-5 * scale + 1e-9, msg=name)
 
 
-def test_generation_gives_the_same_ids() -> None:
-    model = _model().eval()
+def test_generation_gives_the_same_ids(backend: str) -> None:
+    model = _model(backend).eval()
     found = []
-    for implementation in ("reference", "triton"):
+    for implementation in ("reference", backend):
         with dispatch.use_implementation(implementation):
             found.append(generate_ids(model, 2, config=SamplerConfig(steps=3), seed=3))
     assert torch.equal(*found)
