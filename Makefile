@@ -46,7 +46,7 @@ sanitize: $(STAMP) ## the C++ kernels' tests under AddressSanitizer and UBSan
 	for isa in $$($(BIN)/python -m tests.instruction_sets); do \
 	  echo "$$isa:" && ATEN_CPU_CAPABILITY=$$isa LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -m pytest -q tests/kernels -k "cpp and not compile and not opcheck" --extension-folder $(SANITIZED) || exit 1; \
+	  $(BIN)/python -m pytest -q --capture=sys tests/kernels -k cpp --extension-folder $(SANITIZED) || exit 1; \
 	done
 
 compile-gate: $(STAMP) ## compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -208,6 +209,8 @@ from mage_fast.kernels import dispatch
 print(mage_fast.__file__)
 print(dispatch.select("philox", "auto", "cpu").__name__.split(".")[-1])
 print(mage_fast.ops.philox(torch.tensor([7, 0]), 1, 1, 1).tolist())
+from mage_fast.recipes.env import EnvConfig, run
+print(run(EnvConfig())["C++ extension"])
 """
 
 
@@ -219,19 +222,22 @@ def test_wheel_installs_and_runs_elsewhere(tree: Path, tmp_path: Path) -> None:
     assert "-any" not in wheel.name
     modules = {module_name(f).replace(".", "/") + ".py" for f in PACKAGE}
     metadata = {f for f in files if ".dist-info/" in f}
-    assert files - metadata == modules | {"mage_fast/py.typed", "mage_fast/kernels/libmage_fast_cpu.so"}
+    sets = ("avx512", "avx2", "default") if platform.machine() == "x86_64" else ("default",)
+    libraries = {f"mage_fast/kernels/libmage_fast_cpu_{name}.so" for name in sets}
+    assert files - metadata == modules | libraries | {"mage_fast/py.typed"}
     assert any(f.endswith("licenses/LICENSE") for f in metadata)
-    library = tmp_path / "site" / "mage_fast" / "kernels" / "libmage_fast_cpu.so"
-    for builder in (ROOT, tree, sys.prefix):
-        assert os.fsencode(builder) not in library.read_bytes()
-    if shutil.which("readelf"):
-        dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
-        assert "libtorch_cpu" in dynamic
-        assert "RUNPATH" not in dynamic
-        assert "RPATH" not in dynamic
-    place, chosen, _ = python(WHICH, tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
+    for library in (tmp_path / "site" / name for name in libraries):
+        for builder in (ROOT, tree, sys.prefix):
+            assert os.fsencode(builder) not in library.read_bytes()
+        if shutil.which("readelf"):
+            dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
+            assert "libtorch_cpu" in dynamic
+            assert "RUNPATH" not in dynamic
+            assert "RPATH" not in dynamic
+    place, chosen, *_, extension = python(WHICH, tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert Path(place).is_relative_to(tmp_path)
     assert chosen == "cpp"
+    assert extension.startswith("loaded, compiled for ")
 
 
 @pytest.mark.slow
@@ -239,9 +245,11 @@ def test_without_a_compiler_it_installs_and_falls_back(tree: Path, tmp_path: Pat
     wheel, files = install(tree, tmp_path, path=str(tmp_path))
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not any(f.endswith(".so") for f in files)
-    place, chosen, _ = python(WHICH, tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
+    place, chosen, *_, extension = python(WHICH, tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert Path(place).is_relative_to(tmp_path)
     assert chosen == "reference"
+    assert extension.startswith("missing: the C++ extension was not built")
+    assert extension.endswith("the CPU runs plain PyTorch")
 
 
 @pytest.mark.slow
