@@ -101,6 +101,18 @@ inline __attribute__((always_inline)) void for_vectors(int64_t size, const F& f)
   if (first < size) f(first, size - first);
 }
 
+// The sum of f(first, count) over the vectors: four sums, so that no addition waits for the one before it.
+template <class F>
+inline __attribute__((always_inline)) Floats sum_vectors(int64_t size, const F& f) {
+  Floats sums[4] = {};
+  int64_t first = 0;
+  for (; first + 4 * kLanes <= size; first += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) sums[i] += f(first + i * kLanes, std::integral_constant<int64_t, kLanes>{});
+  }
+  for_vectors(size - first, [&](int64_t rest, auto count) { sums[0] += f(first + rest, count); });
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // Over the lanes, in halves: the same order always.
 inline float sum(Floats x) {
   float lanes[kLanes];

@@ -72,6 +72,9 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   });
 }
 
+// Rows of `features` elements that are worth a thread of their own: fewer take less time than waking it.
+inline int64_t rows_of_task(int64_t features) { return 1 + 16384 / std::max<int64_t>(features, 1); }
+
 // Rows in chunks whose number depends on the rows alone: what each chunk has summed is added up in order, so
 // sums over rows have the same bits whatever the number of threads.
 struct RowChunks {
