@@ -48,6 +48,17 @@ inline Floats exp(Floats x) {
   return select(x < -87.33654f, Floats{}, select(x > 88.72283f, infinity, scaled));
 }
 
+// e^x of x < 88, in fewer steps than exp; within 2 units in the last place, 0 below -87.68, NaN of NaN.
+inline Floats exp_of_difference(Floats x) {
+  // 1.5 * 2^23 rounds to an integer, 127 is the bias of exponents; at the lower limit the exponent is 0
+  const Floats magic = all(12582912.0f + 127.0f), inside = max(all(-88.03f), x);
+  const Floats shifted = inside * 1.44269504088896341f + magic;
+  const Floats part = inside * 1.44269504088896341f - (shifted - magic);  // |part| <= 1/2
+  const Floats fraction = polynomial(
+      part, {1.3264674926e-3f, 9.6715111285e-3f, 5.5507339537e-2f, 2.4022242427e-1f, 6.9314700365e-1f, 1.0f});
+  return fraction * floats(bits(shifted) << 23);
+}
+
 // Natural logarithm, within 1 unit in the last place, of normal numbers and infinity; -infinity of 0 and of
 // what is smaller than the normal numbers, NaN of negative ones and NaN.
 inline Floats log(Floats x) {
