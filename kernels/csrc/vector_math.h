@@ -31,6 +31,16 @@ inline Floats exp2(Floats x) {
   return select(x < -126.0f, Floats{}, select(x >= 128.0f, infinity, scaled));
 }
 
+// 2^x of x <= 0 (or just above), for less work; 0 below -126, NaN of NaN.
+inline Floats exp2_of_negative(Floats x) {
+  const Floats magic = all(12583039.0f);  // 1.5 * 2^23 + 127: adding it leaves the exponent's bits at the end
+  const Floats shifted = x + magic, part = x - (shifted - magic);
+  const Floats fraction = polynomial(
+      part, {1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f, 5.550332548e-2f, 2.402264791e-1f,
+             6.931472028e-1f, 1.0f});
+  return select(x < -126.0f, Floats{}, fraction * floats(bits(shifted) << 23));
+}
+
 // e^x, within 2 units in the last place; 0 below -87.33, infinity above 88.72, NaN of NaN.
 inline Floats exp(Floats x) {
   const Floats magic = all(12582912.0f);

@@ -84,6 +84,7 @@ SPECS = (
     Spec("vit_b_decoder_batch4", (257,) * 4, 16, 48),
     Spec("vit_b_unmasked_batch4", (129, 97, 65, 1), 12, 64),
     Spec("vit_l_encoder_batch4", (129,) * 4, 16, 64),
+    Spec("vit_b_full_batch8", (257,) * 8, 12, 64),
 )
 
 #: A batch of 128 on one GPU; 128 lengths over 1..129 in a fixed order for the encoder without masked tokens.

@@ -1,0 +1,157 @@
+// attention, backward: of O = dropout(P) V, P = softmax(S), S = scale Q K^T,
+//
+//     dV = dropout(P)^T dO                    D = rowsum(dO * O)
+//     dS = P * (dropout(dO V^T) - D)          dQ = scale dS K,  dK = scale dS^T Q
+//
+// with P rebuilt from the logarithms of the totals and dropout drawn again. A task is a head of a sequence,
+// so no two write the same gradient. It has copies of Q and dO in the cache and, for all its keys (kMostKeys
+// of them at a time, if there are more), of K, K^T and V^T; a block of queries at a time, dropout(P) and dS
+// come to stand where S and dO V^T did, and the sums of dV, dK and dQ go on.
+#include "attention.h"
+#include "vector_math.h"
+
+namespace mage_fast {
+namespace {
+
+constexpr int64_t kBlockQueries = 90;
+
+class Backward {
+ public:
+  Backward(Heads heads, float scale, const ProbabilityDropout& dropout, int64_t longest)
+      : heads_(heads), scale_(scale), dropout_(dropout), queries_(longest), keys_(std::min(longest, kMostKeys)),
+        scratch_(
+            3 * Scratch::room(queries_, heads.features) + 3 * Scratch::room(keys_, heads.features) +
+            2 * Scratch::room(heads.features, keys_) + 2 * Scratch::room(kBlockQueries, keys_) +
+            Scratch::room(queries_)),
+        q_(scratch_.take(queries_, heads.features)), grad_out_(scratch_.take(queries_, heads.features)),
+        grad_q_(scratch_.take(queries_, heads.features)), k_(scratch_.take(keys_, heads.features)),
+        grad_k_(scratch_.take(keys_, heads.features)), grad_v_(scratch_.take(keys_, heads.features)),
+        kt_(scratch_.take(heads.features, keys_)), vt_(scratch_.take(heads.features, keys_)),
+        p_(scratch_.take(kBlockQueries, keys_)), grad_p_(scratch_.take(kBlockQueries, keys_)),
+        deltas_(scratch_.take(queries_)), drawn_(dropout.drops ? dropout.room(kBlockQueries, keys_) : 0) {}
+
+  template <class T>
+  void run(const Task& task, const T* grad, const T* qkv, const T* out, const float* lse, T* grad_qkv) {
+    const int64_t features = heads_.features, wide = whole_vectors(features), stride = heads_.qkv_stride();
+    const T* q = qkv + heads_.qkv_offset(task.start, 0, task.head);
+    const int64_t out_offset = heads_.out_offset(task.start, task.head);
+    copy_rows(q, stride, task.length, features, q_);
+    copy_rows(grad + out_offset, heads_.out_stride(), task.length, features, grad_out_);
+    products_with_out(out + out_offset, task.length);
+    const Pieces keys(task.length, kMostKeys, kKeysOfBlock);
+    const Pieces queries(task.length, kBlockQueries, kTileRows);
+    for (int64_t key = 0; key < task.length; key += keys.size) {
+      const int64_t some = keys.length(key), whole = whole_vectors(some);
+      const T* k = q + key * stride + heads_.out_stride();
+      const T* v = k + heads_.out_stride();
+      copy_rows(k, stride, some, features, k_);
+      copy_transposed(k, stride, some, features, kt_);
+      copy_transposed(v, stride, some, features, vt_);
+      for (int64_t query = 0; query < task.length; query += queries.size) {
+        const int64_t rows = queries.length(query), row = (task.start + query) * heads_.count + task.head;
+        const Matrix q_block{q_.row(query), q_.stride}, grad_block{grad_out_.row(query), grad_out_.stride};
+        const Matrix grad_q_block{grad_q_.row(query), grad_q_.stride};
+        multiply<false>(q_block, kt_, rows, whole, features, false, p_);
+        multiply<false>(grad_block, vt_, rows, whole, features, false, grad_p_);
+        for_bool(dropout_.drops, [&](auto drops) {
+          softmax_gradient<drops>(lse + row, deltas_ + query, row, rows, key, some);
+        });
+        multiply<true>(p_, grad_block, some, wide, rows, query > 0, grad_v_);
+        multiply<true>(grad_p_, q_block, some, wide, rows, query > 0, grad_k_);
+        multiply<false>(grad_p_, k_, rows, wide, some, key > 0, grad_q_block);
+      }
+      write(grad_k_, scale_, some, grad_qkv + heads_.qkv_offset(task.start + key, 1, task.head));
+      write(grad_v_, dropout_.scale, some, grad_qkv + heads_.qkv_offset(task.start + key, 2, task.head));
+    }
+    write(grad_q_, scale_, task.length, grad_qkv + heads_.qkv_offset(task.start, 0, task.head));
+  }
+
+ private:
+  // D, the gradient's part in the direction of P
+  template <class T>
+  void products_with_out(const T* out, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      Floats total{};
+      for_vectors(heads_.features, [&](int64_t first, auto count) {
+        total += load(grad_out_.row(row) + first) * load(out + row * heads_.out_stride() + first, count);
+      });
+      deltas_[row] = sum(total);
+    }
+  }
+
+  // p_: S to dropout(P), but for its scale; grad_p_: dO V^T to dS.
+  template <bool kDrops>
+  void softmax_gradient(
+      const float* lse, const float* deltas, int64_t random_row, int64_t rows, int64_t key, int64_t keys) {
+    const int64_t row_bytes = dropout_.row_bytes(keys);
+    if constexpr (kDrops) dropout_.draw_rows(random_row, heads_.count, rows, key, keys, drawn_.data());
+    const float factor = scale_ * kLog2E;
+    for (int64_t row = 0; row < rows; ++row) {
+      const float offset = lse[row * heads_.count] * kLog2E, delta = deltas[row];
+      float *p = p_.row(row), *grad_p = grad_p_.row(row);
+      const int8_t* bytes = drawn_.data() + row * row_bytes + kKeysOfBlock - 1;
+      for_vectors(keys, [&](int64_t first, auto) {
+        const Floats x = exp2_of_negative(load(p + first) * factor - offset);
+        Floats slope = load(grad_p + first);
+        if constexpr (kDrops) {
+          const Ints kept = dropout_.kept(bytes + first);
+          slope = select(kept, slope * dropout_.scale, Floats{});
+          store(p + first, select(kept, x, Floats{}));
+        } else {
+          store(p + first, x);
+        }
+        store(grad_p + first, x * (slope - delta));
+      });
+    }
+  }
+
+  template <class T>
+  void write(Matrix from, float factor, int64_t rows, T* to) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      for_vectors(heads_.features, [&](int64_t first, auto count) {
+        store(to + row * heads_.qkv_stride() + first, load(from.row(row) + first) * factor, count);
+      });
+    }
+  }
+
+  Heads heads_;
+  float scale_;
+  const ProbabilityDropout& dropout_;
+  int64_t queries_, keys_;
+  Scratch scratch_;
+  Matrix q_, grad_out_, grad_q_, k_, grad_k_, grad_v_, kt_, vt_, p_, grad_p_;
+  float* deltas_;
+  std::vector<int8_t> drawn_;
+};
+
+void attention_backward(
+    const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+    double softmax_scale, std::optional<Tensor> state, int64_t stream, int64_t least_kept, double scale,
+    const Tensor& grad_qkv) {
+  const Heads heads{qkv.size(2), qkv.size(3)};
+  const ProbabilityDropout dropout = probability_dropout_of(state, stream, least_kept, scale);
+  const std::vector<Task> tasks =
+      tasks_of(cu_seqlens, qkv.size(0), heads.count, std::numeric_limits<int32_t>::max());
+  for_dtype(qkv, [&]<class T>(T) {
+    const T *from = data<T>(qkv), *grad_from = data<T>(grad), *out_from = data<T>(out);
+    const float* lse_from = data<float>(lse);
+    T* to = data<T>(grad_qkv);
+    torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+      Backward backward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
+      for (int64_t i = begin; i < end; ++i) backward.run(tasks[i], grad_from, from, out_from, lse_from, to);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace mage_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mage_fast_cpu, m) {
+  m.def(
+      "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
+      "float softmax_scale, Tensor? state, int stream, int least_kept, float scale, Tensor(a!) grad_qkv) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mage_fast_cpu, CPU, m) {
+  m.impl("attention_backward", TORCH_BOX(&mage_fast::attention_backward));
+}

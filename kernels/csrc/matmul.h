@@ -1,0 +1,174 @@
+// Products of float matrices that lie in the cache: rows of whole vectors, a tile of the product in
+// registers. And how rows of tensors become such matrices, as they are or transposed.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "simd.h"
+
+namespace mage_fast {
+
+// The tile: its sums, a row of the right factor and an element of the left one fill the registers.
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4;  // 32 registers
+#else
+constexpr int kTileVectors = 2;  // 16
+#endif
+constexpr int64_t kTileColumns = kTileVectors * kLanes;
+
+// A matrix of rows `stride` floats apart.
+struct Matrix {
+  float* data;
+  int64_t stride;
+  float* row(int64_t i) const { return data + i * stride; }
+};
+
+// n items in pieces of one size (the last one smaller), at most `most` each: as few as possible, as even as
+// multiples of `unit` can be.
+struct Pieces {
+  Pieces(int64_t n, int64_t most, int64_t unit) : n(n) {
+    const int64_t count = std::max<int64_t>((n + most - 1) / most, 1), even = (n + count - 1) / count;
+    size = std::max(std::min((even + unit - 1) / unit * unit, most), int64_t{1});
+  }
+  int64_t length(int64_t first) const { return std::min(size, n - first); }
+  int64_t n, size;
+};
+
+inline int64_t whole_vectors(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
+
+// Stride of rows of so many columns. Where a tile takes but a part of the rows, they are an odd number of
+// cache lines apart: at a power of two apart they would fight for the same places of the cache.
+inline int64_t stride_of(int64_t columns) {
+  const int64_t whole = whole_vectors(columns), line = 64 / sizeof(float);
+  return whole <= kTileColumns ? whole : ((whole + line - 1) / line | 1) * line;
+}
+
+// Uninitialised memory from which matrices are taken; each starts at a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : memory_(new float[floats + kLine]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    next_ = memory_.get() + (kLine - address / sizeof(float) % kLine) % kLine;
+  }
+  float* take(int64_t floats) { return std::exchange(next_, next_ + room(floats)); }
+  Matrix take(int64_t rows, int64_t columns) { return {take(rows * stride_of(columns)), stride_of(columns)}; }
+  static int64_t room(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
+  static int64_t room(int64_t rows, int64_t columns) { return room(rows * stride_of(columns)); }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  std::unique_ptr<float[]> memory_;
+  float* next_;
+};
+
+// c = a b or, to add, c + a b, in kRows x kVectors registers. Of a transposed left factor a holds the
+// columns as rows.
+template <bool kTransposed, int kRows, int kVectors>
+void multiply_tile(
+    const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, bool add, float* c,
+    int64_t c_stride) {
+  Floats sums[kRows][kVectors];
+  for (int row = 0; row < kRows; ++row) {
+    for (int vector = 0; vector < kVectors; ++vector) {
+      sums[row][vector] = add ? load(c + row * c_stride + vector * kLanes) : Floats{};
+    }
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    Floats right[kVectors];
+    for (int vector = 0; vector < kVectors; ++vector) right[vector] = load(b + vector * kLanes);
+    for (int row = 0; row < kRows; ++row) {
+      const float left = kTransposed ? a[row] : a[row * a_stride];
+      for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] += left * right[vector];
+    }
+    a += kTransposed ? a_stride : 1;
+    b += b_stride;
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int vector = 0; vector < kVectors; ++vector) {
+      store(c + row * c_stride + vector * kLanes, sums[row][vector]);
+    }
+  }
+}
+
+using MultiplyTile = void (*)(
+    const float*, int64_t, const float*, int64_t, int64_t depth, bool add, float*, int64_t);
+
+// The tiles of every size: [(rows - 1) * kTileVectors + vectors - 1]
+template <bool kTransposed, size_t... kIndex>
+constexpr std::array<MultiplyTile, sizeof...(kIndex)> tiles_of_all_sizes(std::index_sequence<kIndex...>) {
+  return {multiply_tile<kTransposed, kIndex / kTileVectors + 1, kIndex % kTileVectors + 1>...};
+}
+
+// c = a b or, to add, c + a b; a transposed is given by its columns. `columns` are whole vectors in b and c.
+// The sum of an element of c runs over the depth in order, whatever the tile.
+template <bool kTransposed>
+void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c) {
+  static constexpr auto kTiles =
+      tiles_of_all_sizes<kTransposed>(std::make_index_sequence<kTileRows * kTileVectors>());
+  // what all tiles of some columns read of b stays in the first-level cache
+  const Pieces pieces(depth, 20480 / (kTileColumns * sizeof(float)), 1);
+  for (int64_t column = 0; column < columns; column += kTileColumns) {
+    const int64_t vectors = std::min(kTileColumns, columns - column) / kLanes;
+    for (int64_t first = 0; first < depth; first += pieces.size) {
+      const float* left = kTransposed ? a.row(first) : a.data + first;
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - row);
+        kTiles[(tile_rows - 1) * kTileVectors + vectors - 1](
+            left + (kTransposed ? row : row * a.stride), a.stride, b.row(first) + column, b.stride,
+            pieces.length(first), add || first > 0, c.row(row) + column, c.stride);
+      }
+    }
+  }
+}
+
+// Rows of a tensor, `stride` elements apart, as a matrix; zeros up to whole vectors.
+template <class T>
+void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, Matrix to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for_vectors(columns, [&](int64_t first, auto count) {
+      store(to.row(row) + first, load(from + row * stride + first, count));
+    });
+  }
+}
+
+// Lanes of a and b by turns: a0 b0 a1 b1 ..., in two vectors.
+template <size_t... kLane>
+inline void zip(Floats a, Floats b, Floats* to, std::index_sequence<kLane...>) {
+  to[0] = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes)...);
+  to[1] = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes + kLanes / 2)...);
+}
+
+// A zip of the upper half of the vectors with the lower one rotates the bits of (vector, lane) by one; so
+// many of them as a lane has bits swap the two.
+inline void transpose(Floats (&x)[kLanes]) {
+  for (int size = 1; size < kLanes; size *= 2) {
+    Floats next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zip(x[i], x[i + kLanes / 2], next + 2 * i, std::make_index_sequence<kLanes>());
+    }
+    for (int i = 0; i < kLanes; ++i) x[i] = next[i];
+  }
+}
+
+// The transposed matrix of the rows of a tensor: `columns` rows; zeros up to whole vectors.
+template <class T>
+void copy_transposed(const T* from, int64_t stride, int64_t rows, int64_t columns, Matrix to) {
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    const int64_t some = std::min<int64_t>(kLanes, rows - row);
+    for_vectors(columns, [&](int64_t first, auto count) {
+      Floats x[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        x[i] = i < some ? load(from + (row + i) * stride + first, count) : Floats{};
+      }
+      transpose(x);
+      for (int i = 0; i < count; ++i) store(to.row(first + i) + row, x[i]);
+    });
+  }
+}
+
+}  // namespace mage_fast
