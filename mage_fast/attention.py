@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mage_fast.kernels import rng
@@ -20,9 +20,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x_TD: Float[Tensor, "T D"], cu_seqlens: Tensor, max_seqlen: int, rng_state: Tensor | None
-    ) -> Float[Tensor, "T D"]:
-        """Rows attend to the rows of their own sequence."""
+        self,
+        x_TD: Float[Tensor, "T D"],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rng_state: Tensor | None,
+        rows_N: Int[Tensor, "N"] | None = None,
+    ) -> Float[Tensor, "N D"]:
+        """Rows attend to the rows of their own sequence; the results of ``rows_N`` only, if given."""
         out_THD = attention(
             self.qkv(x_TD).unflatten(1, (3, self.heads, -1)),
             cu_seqlens,
@@ -31,4 +36,5 @@ class Attention(nn.Module):
             rng_state=rng_state,
             stream=self.stream,
         )
-        return self.proj(out_THD.flatten(1))
+        out_TD = out_THD.flatten(1)
+        return self.proj(out_TD if rows_N is None else out_TD.index_select(0, rows_N))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mage_fast.attention import Attention
@@ -59,9 +59,12 @@ class Block(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         rng_state: Tensor | None,
-    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-        """``(x, norm1(x))`` in, ``(x, next_norm(x))`` out."""
-        branch_TD = self.attention(normed_TD, cu_seqlens, max_seqlen, rng_state)
+        rows_N: Int[Tensor, "N"] | None = None,
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
+        """``(x, norm1(x))`` in, ``(x, next_norm(x))`` out; of the rows ``rows_N`` only, if given."""
+        branch_TD = self.attention(normed_TD, cu_seqlens, max_seqlen, rng_state, rows_N)
+        if rows_N is not None:
+            x_TD = x_TD.index_select(0, rows_N)
         x_TD, normed_TD = self._add(branch_TD, x_TD, self.norm2, rng_state, self.attention_stream)
         branch_TD = self.mlp(normed_TD, rng_state)
         return self._add(branch_TD, x_TD, next_norm, rng_state, self.mlp_stream)
@@ -88,10 +91,16 @@ def run_blocks(
     cu_seqlens: Tensor,
     max_seqlen: int,
     rng_state: Tensor | None,
-) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """``(x, last_norm(x))`` after the blocks, which are :class:`Block`, at least one."""
+    rows_N: Int[Tensor, "N"] | None = None,
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
+    """``(x, last_norm(x))`` after the blocks, which are :class:`Block`, at least one.
+
+    With ``rows_N`` only of these rows: the last block then computes keys and values of all rows, and nothing
+    else that no one asks for.
+    """
     norms = [cast(Block, block).norm1 for block in blocks] + [last_norm]
     normed_TD = norms[0](x_TD)
     for block, next_norm in zip(blocks, norms[1:], strict=True):
-        x_TD, normed_TD = block(x_TD, normed_TD, next_norm, cu_seqlens, max_seqlen, rng_state)
+        rows = rows_N if block is blocks[-1] else None
+        x_TD, normed_TD = block(x_TD, normed_TD, next_norm, cu_seqlens, max_seqlen, rng_state, rows)
     return x_TD, normed_TD

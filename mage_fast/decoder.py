@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mage_fast.blocks import Block, run_blocks
@@ -32,9 +32,13 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(
-        self, encoded_TD: Float[Tensor, "T D"], plan: MaskPlan, rng_state: Tensor | None
-    ) -> Float[Tensor, "B S D"]:
-        """Normalised output at every position of every image."""
+        self,
+        encoded_TD: Float[Tensor, "T D"],
+        plan: MaskPlan,
+        rng_state: Tensor | None,
+        rows_N: Int[Tensor, "N"] | None = None,
+    ) -> Float[Tensor, "N D"]:
+        """Normalised output at every position of every image, ``[B * S, D]``, or at ``rows_N`` only."""
         x_BSD = pad_decoder(
             self.embed(encoded_TD),
             plan.source_BS,
@@ -44,5 +48,5 @@ class Decoder(nn.Module):
         )
         batch, positions, _ = x_BSD.shape
         cu_seqlens = torch.arange(0, batch * positions + 1, positions, dtype=torch.int32, device=x_BSD.device)
-        _, normed = run_blocks(self.blocks, self.norm, x_BSD.flatten(0, 1), cu_seqlens, positions, rng_state)
-        return normed.view_as(x_BSD)
+        x_TD = x_BSD.flatten(0, 1)
+        return run_blocks(self.blocks, self.norm, x_TD, cu_seqlens, positions, rng_state, rows_N)[1]

@@ -34,11 +34,10 @@ class TokenHead(nn.Module):
         return F.linear(hidden_ND, word_weight_VD[:codes].detach(), self.bias[0, 0, :codes])
 
 
-def rows_of_tokens(x_BSD: Float[Tensor, "B S D"], index_N: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
-    """Rows of the tokens ``b * L + l`` out of sequences that start with a class token; any row for -1."""
-    length = x_BSD.shape[1] - 1
-    # token b * L + l stands in row b * (L + 1) + l + 1; -1, which fills up, takes the last row
-    return x_BSD.flatten(0, 1)[index_N + index_N // length + 1]
+def rows_of_tokens(index_N: Int[Tensor, "N"], length: int) -> Int[Tensor, "N"]:
+    """Rows of the tokens ``b * L + l`` in packed sequences that start with a class token; row 0 for -1."""
+    # token b * L + l stands in row b * (L + 1) + l + 1; -1, which fills up, takes any row
+    return (index_N + index_N.div(length, rounding_mode="floor") + 1).clamp(min=0)
 
 
 def reconstruction_loss(

@@ -164,8 +164,8 @@ class MAGE(nn.Module):
             plan = draw_plan(self.config, mask_ratios_B, device_state)
         elif mask_ratios_B is not None:
             raise ValueError("MAGE: got both plan and mask_ratios, wanted one of them")
-        x_BSD = self.decode_features(ids_BL, self.class_ids(labels_B, batch), plan, device_state)
-        masked_ND = rows_of_tokens(x_BSD, plan.masked_index_N)
+        rows_N = rows_of_tokens(plan.masked_index_N, ids_BL.shape[1])
+        masked_ND = self.decode_features(ids_BL, self.class_ids(labels_B, batch), plan, device_state, rows_N)
         logits_NC = self.head(masked_ND, self.embedding.word_embeddings.weight)
         loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
         return MAGEOutput(loss, logits_NC, ids_BL, plan)
@@ -177,11 +177,16 @@ class MAGE(nn.Module):
         return None if rng_state is None else rng_state.to(self.head.bias.device, non_blocking=True)
 
     def decode_features(
-        self, ids_BL: Tensor, class_ids_B: Tensor, plan: MaskPlan, rng_state: Tensor | None
-    ) -> Float[Tensor, "B S D"]:
-        """Decoder output at every position (embedding, encoder, decoder)."""
+        self,
+        ids_BL: Tensor,
+        class_ids_B: Tensor,
+        plan: MaskPlan,
+        rng_state: Tensor | None,
+        rows_N: Int[Tensor, "N"] | None = None,
+    ) -> Float[Tensor, "N D"]:
+        """Decoder output (embedding, encoder, decoder) at each position, ``[B * S, D]``, or at ``rows_N``."""
         x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
-        return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state)
+        return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state, rows_N)
 
     def logits(
         self,
@@ -209,7 +214,8 @@ class MAGE(nn.Module):
             num_masked_B = is_masked_BL.sum(1).cpu()
         plan = plan_of_mask(is_masked_BL, num_masked_B, drop_masked=self.config.encoder_tokens == "unmasked")
         ids_BL = ids_BL.masked_fill(is_masked_BL, self.config.mask_token_id)
-        x_BSD = self.decode_features(ids_BL, class_ids_B, plan, self._dropout_state(rng_state))
+        x_TD = self.decode_features(ids_BL, class_ids_B, plan, self._dropout_state(rng_state))
+        x_BSD = x_TD.unflatten(0, plan.source_BS.shape)
         return self.head(x_BSD[:, 1:], self.embedding.word_embeddings.weight)
 
     def features(

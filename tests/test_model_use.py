@@ -244,6 +244,27 @@ def test_dropout_in_a_block_equals_plain_pytorch() -> None:
     )  # fmt: skip
 
 
+def test_the_rows_asked_for_are_those_of_all() -> None:
+    """The last block leaves out the others; repeated rows and none at all are right too."""
+    torch.manual_seed(0)
+    width, lengths = 16, [4, 1, 6]
+    blocks = nn.ModuleList(Block(width, 2, 2.0, 0.0, layer) for layer in range(2)).double()
+    norm, ends = nn.LayerNorm(width).double(), torch.tensor([0, *lengths]).cumsum(0).int()
+    x = torch.randn(sum(lengths), width, dtype=torch.float64, requires_grad=True)
+    everything = run_blocks(blocks, norm, x, ends, max(lengths), None)
+    leaves = [x, *blocks.parameters(), *norm.parameters()]
+    for rows in (torch.tensor([9, 2, 3, 2], dtype=torch.int32), torch.tensor([], dtype=torch.int64)):
+        ours = run_blocks(blocks, norm, x, ends, max(lengths), None, rows)
+        wanted = tuple(y[rows] for y in everything)
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+        grads = [torch.randn_like(y) for y in wanted]
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, leaves, grads),
+            torch.autograd.grad(wanted, leaves, grads, retain_graph=True),
+            rtol=1e-10, atol=1e-10,
+        )  # fmt: skip
+
+
 # Precision and compilation
 
 
