@@ -135,8 +135,14 @@ void embed_kept_backward(
         data<T>(grad), id_of_row, position_of_row, data<float>(mean), data<float>(rstd), data<T>(word_weight),
         data<T>(position_weight), data<float>(weight), features, dropout, grad_embedded.get(),
         data<float>(grad_weight), data<float>(grad_bias));
-    sum_by_key(grad_embedded.get(), features, RowsByKey(id_of_row, vocabulary), data<T>(grad_word));
-    sum_by_key(grad_embedded.get(), features, RowsByKey(position_of_row, sequence), data<T>(grad_position));
+    const auto sum_into = [&](T* table) {
+      return [=](int64_t key, int64_t first, Floats sum, auto count) {
+        store(table + key * features + first, sum, count);
+      };
+    };
+    const float* const rows_in = grad_embedded.get();
+    sum_by_key(rows_in, features, RowsByKey(id_of_row, vocabulary), sum_into(data<T>(grad_word)));
+    sum_by_key(rows_in, features, RowsByKey(position_of_row, sequence), sum_into(data<T>(grad_position)));
   });
 }
 

@@ -26,18 +26,27 @@ class RowsByKey {
   std::vector<int64_t> starts_, rows_;
 };
 
-// sums[key] = the sum of rows[row] over the key's rows, `features` each; 0 for a key without rows. A key is a
-// task; one that owns a large part of all rows, as [M] does, is several, of some columns each.
-template <class From, class To>
-void sum_by_key(const From* rows, int64_t features, const RowsByKey& of, To* sums) {
-  constexpr int64_t kColumns = 128;
+// use(key, first, sum, count) for every vector of every key's sum of `features` elements, 0 for a key without
+// rows. A key is a task; one that owns a large part of all rows, as [M] does, is several, of some columns each.
+template <class T, class Use>
+void sum_by_key(const T* rows, int64_t features, const RowsByKey& of, const Use& use) {
   const auto sum_columns = [&](int64_t key, int64_t from, int64_t to) {
-    for_vectors(to - from, [&](int64_t first, auto count) {
-      Floats total{};
+    constexpr int64_t kVectors = 8;  // summed at a time, in registers: rows are read in long pieces
+    for (; from + kVectors * kLanes <= to; from += kVectors * kLanes) {
+      Floats sums[kVectors] = {};
       for (const int64_t* row = of.begin(key); row < of.end(key); ++row) {
-        total += load(rows + *row * features + from + first, count);
+        const T* const summand = rows + *row * features + from;
+        for (int64_t i = 0; i < kVectors; ++i) sums[i] += load(summand + i * kLanes);
       }
-      store(sums + key * features + from + first, total, count);
+      constexpr std::integral_constant<int64_t, kLanes> count;
+      for (int64_t i = 0; i < kVectors; ++i) use(key, from + i * kLanes, sums[i], count);
+    }
+    for_vectors(to - from, [&](int64_t first, auto count) {
+      Floats sum{};
+      for (const int64_t* row = of.begin(key); row < of.end(key); ++row) {
+        sum += load(rows + *row * features + from + first, count);
+      }
+      use(key, from + first, sum, count);
     });
   };
   const int64_t many = std::max<int64_t>(16, of.rows() / 16);
@@ -48,6 +57,7 @@ void sum_by_key(const From* rows, int64_t features, const RowsByKey& of, To* sum
   parallel(of.keys(), rows_of_task(features), [&](int64_t key) {
     if (of.end(key) - of.begin(key) <= many) sum_columns(key, 0, features);
   });
+  constexpr int64_t kColumns = 128;
   const int64_t pieces = (features + kColumns - 1) / kColumns;
   parallel(large.size() * pieces, 1, [&](int64_t task) {
     const int64_t from = task % pieces * kColumns;
