@@ -50,6 +50,24 @@ void for_dtype(const Tensor& x, const F& f) {
   f(BFloat16{});
 }
 
+// Contiguous int32 or int64 numbers, read as int64.
+class Integers {
+ public:
+  explicit Integers(const Tensor& x) : is_narrow_(x.scalar_type() == ScalarType::Int) {
+    if (is_narrow_) {
+      narrow_ = data<int32_t>(x);
+    } else {
+      wide_ = data<int64_t>(x);
+    }
+  }
+  int64_t operator[](int64_t i) const { return is_narrow_ ? narrow_[i] : wide_[i]; }
+
+ private:
+  bool is_narrow_;
+  const int32_t* narrow_ = nullptr;
+  const int64_t* wide_ = nullptr;
+};
+
 // The generator of an int64 state (seed, step).
 inline Philox philox_of(const Tensor& state, int64_t stream) {
   STD_TORCH_CHECK(state.numel() == 2, "mage_fast_cpu: rng_state has ", state.numel(), " elements, wanted 2");
