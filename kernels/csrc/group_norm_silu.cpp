@@ -87,12 +87,12 @@ inline void backward_apply(const T* grad, const T* x, int64_t size, const NormAt
     const NormBackward backward = norm_at(first, count);
     const Floats centred = load(x + first, count) - backward.norm.mean;
     const Floats grad_y = grad_before_silu(load(grad + first, count), centred, backward.norm);
-    store(grad_x + first, grad_y * backward.norm.scale - backward.offset - centred * backward.slope, count);
+    const Floats scaled = rounded(grad_y * backward.norm.scale);  // of one element exactly the offset
+    store(grad_x + first, (scaled - backward.offset) - centred * backward.slope, count);
   });
 }
 
-// What a group's part of grad_x needs of it: rstd mean(grad_x_hat) and rstd^2 mean(grad_x_hat x_hat), with
-// grad_x_hat = grad_y weight.
+// What grad_x needs of a group: mean(grad_y scale), and its like with x_hat times rstd.
 struct GroupBackward {
   float offset, slope;
 };
@@ -102,11 +102,12 @@ GroupBackward group_backward(
     const float* sum_bias, const float* sum_weight, const float* weight, float rstd, const Shape& shape) {
   float offset = 0.0f, slope = 0.0f;
   for (int64_t channel = 0; channel < shape.width(); ++channel) {
-    offset += sum_bias[channel] * weight[channel];
-    slope += sum_weight[channel] * weight[channel];
+    const float scale = rstd * weight[channel];
+    offset += sum_bias[channel] * scale;
+    slope += sum_weight[channel] * scale;
   }
-  const float scale = rstd / static_cast<float>(shape.width() * shape.pixels);
-  return {offset * scale, slope * scale * rstd};
+  const float count = static_cast<float>(shape.width() * shape.pixels);
+  return {offset / count, slope / count * rstd};
 }
 
 // ---- channels_last

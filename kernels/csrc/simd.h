@@ -53,6 +53,16 @@ inline Ints bits(Floats x) { return reinterpret_cast<Ints>(x); }
 inline Floats floats(Ints x) { return reinterpret_cast<Floats>(x); }
 inline Floats abs(Floats x) { return floats(bits(x) & 0x7FFFFFFF); }
 
+// x, rounded before a sum takes it up: it does not fuse with the product that it may be.
+inline Floats rounded(Floats x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // Whole vectors, aligned or not.
 template <class Vector, class T>
 inline Vector load_as(const T* from) {
