@@ -20,7 +20,16 @@ constexpr int kRows = 6;  // 16
 #endif
 constexpr int kCodes = kVectors * kLanes;
 
-std::unique_ptr<float[]> floats_of(int64_t count) { return std::make_unique_for_overwrite<float[]>(count); }
+// Uninitialised memory for `count` floats, aligned as vectors are.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : vectors_(std::make_unique_for_overwrite<Floats[]>((count + kLanes - 1) / kLanes)) {}
+  float* data() const { return reinterpret_cast<float*>(vectors_.get()); }
+
+ private:
+  std::unique_ptr<Floats[]> vectors_;
+};
 
 // to[channel][i] = rows[first + i][channel] for i < kSize. Where there are no more rows the last one comes
 // again: as a code it is as far as the last one and has a higher index, so it is never the nearest.
@@ -85,9 +94,9 @@ int64_t lowest(Floats distance, Ints code) {
 template <class T, class Code>
 void nearest(const T* x, const Code* codebook, int64_t rows, int64_t codes, int64_t channels, int64_t* index) {
   const int64_t panels = (codes + kCodes - 1) / kCodes, panel_size = kCodes * channels;
-  const auto packed = floats_of(panels * panel_size), squares = floats_of(panels * kCodes);
+  const Buffer packed(panels * panel_size), squares(panels * kCodes);
   parallel(panels, 1, [&](int64_t p) {
-    float* panel = packed.get() + p * panel_size;
+    float* panel = packed.data() + p * panel_size;
     interleave<kCodes>(codebook, p * kCodes, codes, channels, panel);
     Floats square[kVectors] = {};
     for (int64_t channel = 0; channel < channels; ++channel) {
@@ -96,25 +105,25 @@ void nearest(const T* x, const Code* codebook, int64_t rows, int64_t codes, int6
         square[v] += c * c;
       }
     }
-    for (int v = 0; v < kVectors; ++v) store(squares.get() + p * kCodes + v * kLanes, square[v]);
+    for (int v = 0; v < kVectors; ++v) store(squares.data() + p * kCodes + v * kLanes, square[v]);
   });
 
   // some tiles a block, so that a panel is read once for all of them; enough blocks to go round
   const int64_t tiles = (rows + kRows - 1) / kRows, block_tiles = std::clamp<int64_t>(tiles / 32, 1, 8);
   parallel((tiles + block_tiles - 1) / block_tiles, 1, [&](int64_t block) {
     const int64_t first = block * block_tiles, count = std::min(block_tiles, tiles - first);
-    const auto features = floats_of(count * kRows * channels);
+    const Buffer features(count * kRows * channels);
     std::vector<Nearest> nearest(count);
     for (int64_t tile = 0; tile < count; ++tile) {
-      interleave<kRows>(x, (first + tile) * kRows, rows, channels, features.get() + tile * kRows * channels);
+      interleave<kRows>(x, (first + tile) * kRows, rows, channels, features.data() + tile * kRows * channels);
       std::fill_n(nearest[tile].distance, kRows, all(std::numeric_limits<float>::infinity()));
       std::fill_n(nearest[tile].code, kRows, Ints{});
     }
     for (int64_t p = 0; p < panels; ++p) {
       for (int64_t tile = 0; tile < count; ++tile) {
         compare(
-            features.get() + tile * kRows * channels, packed.get() + p * panel_size,
-            squares.get() + p * kCodes, channels, static_cast<int32_t>(p * kCodes), nearest[tile]);
+            features.data() + tile * kRows * channels, packed.data() + p * panel_size,
+            squares.data() + p * kCodes, channels, static_cast<int32_t>(p * kCodes), nearest[tile]);
       }
     }
     for (int64_t row = first * kRows; row < std::min(rows, (first + count) * kRows); ++row) {
