@@ -69,13 +69,19 @@ inline void apply(const T* x, int64_t size, const NormAt& norm_at, T* out) {
   });
 }
 
+// Between the passes grad_y is kept where grad_x comes; bfloat16 has no room for it, there it is made again.
+template <class T>
+constexpr bool kKeepsGrad = std::is_same_v<T, float>;
+
 // The first pass of the backward: add(first, count, grad_y, grad_y (x - mean)).
 template <class T, class NormAt, class Add>
-inline void backward_sums(const T* grad, const T* x, int64_t size, const NormAt& norm_at, const Add& add) {
+inline void backward_sums(
+    const T* grad, const T* x, int64_t size, const NormAt& norm_at, T* grad_x, const Add& add) {
   for_vectors(size, [&](int64_t first, auto count) {
     const Norm norm = norm_at(first, count);
     const Floats centred = load(x + first, count) - norm.mean;
     const Floats grad_y = grad_before_silu(load(grad + first, count), centred, norm);
+    if constexpr (kKeepsGrad<T>) store(grad_x + first, grad_y, count);
     add(first, count, grad_y, grad_y * centred);
   });
 }
@@ -86,13 +92,15 @@ inline void backward_apply(const T* grad, const T* x, int64_t size, const NormAt
   for_vectors(size, [&](int64_t first, auto count) {
     const NormBackward backward = norm_at(first, count);
     const Floats centred = load(x + first, count) - backward.norm.mean;
-    const Floats grad_y = grad_before_silu(load(grad + first, count), centred, backward.norm);
-    store(grad_x + first, grad_y * backward.norm.scale - backward.offset - centred * backward.slope, count);
+    Floats grad_y;
+    if constexpr (kKeepsGrad<T>) grad_y = load(grad_x + first, count);
+    else grad_y = grad_before_silu(load(grad + first, count), centred, backward.norm);
+    const Floats scaled = rounded(grad_y * backward.norm.scale);  // of one element exactly the offset
+    store(grad_x + first, (scaled - backward.offset) - centred * backward.slope, count);
   });
 }
 
-// What a group's part of grad_x needs of it: rstd mean(grad_x_hat) and rstd^2 mean(grad_x_hat x_hat), with
-// grad_x_hat = grad_y weight.
+// What grad_x needs of a group: mean(grad_y scale), and its like with x_hat times rstd.
 struct GroupBackward {
   float offset, slope;
 };
@@ -102,11 +110,12 @@ GroupBackward group_backward(
     const float* sum_bias, const float* sum_weight, const float* weight, float rstd, const Shape& shape) {
   float offset = 0.0f, slope = 0.0f;
   for (int64_t channel = 0; channel < shape.width(); ++channel) {
-    offset += sum_bias[channel] * weight[channel];
-    slope += sum_weight[channel] * weight[channel];
+    const float scale = rstd * weight[channel];
+    offset += sum_bias[channel] * scale;
+    slope += sum_weight[channel] * scale;
   }
-  const float scale = rstd / static_cast<float>(shape.width() * shape.pixels);
-  return {offset * scale, slope * scale * rstd};
+  const float count = static_cast<float>(shape.width() * shape.pixels);
+  return {offset / count, slope / count * rstd};
 }
 
 // ---- channels_last
@@ -248,8 +257,9 @@ void backward_channels_last(
     float *to_bias = partials.data() + i * 2 * channels, *to_weight = to_bias + channels;
     const int64_t begin = image * shape.pixels + chunks.begin(chunk);
     for (int64_t pixel = begin; pixel < begin + chunks.length(chunk); ++pixel) {
+      const int64_t at = pixel * channels;
       backward_sums(
-          grad + pixel * channels, x + pixel * channels, channels, norm_at,
+          grad + at, x + at, channels, norm_at, grad_x + at,
           [&](int64_t first, auto count, Floats grad_y, Floats product) {
             store(to_bias + first, load(to_bias + first, count) + grad_y, count);
             store(to_weight + first, load(to_weight + first, count) + product, count);
@@ -356,7 +366,7 @@ void backward_contiguous(
       const int64_t first = element + i * shape.pixels;
       Floats bias_total{}, weight_total{};
       backward_sums(
-          grad + first, x + first, shape.pixels, [&](int64_t, auto) { return norm; },
+          grad + first, x + first, shape.pixels, [&](int64_t, auto) { return norm; }, grad_x + first,
           [&](int64_t, auto count, Floats grad_y, Floats product) {
             const Ints inside = lane_numbers() < static_cast<int32_t>(count);
             bias_total += select(inside, grad_y, Floats{});

@@ -54,6 +54,16 @@ inline Ints bits(Floats x) { return reinterpret_cast<Ints>(x); }
 inline Floats floats(Ints x) { return reinterpret_cast<Floats>(x); }
 inline Floats abs(Floats x) { return floats(bits(x) & 0x7FFFFFFF); }
 
+// x, rounded before a sum takes it up: it does not fuse with the product that it may be.
+inline Floats rounded(Floats x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // Whole vectors, aligned or not.
 template <class Vector, class T>
 inline Vector load_as(const T* from) {
@@ -63,16 +73,31 @@ inline Vector load_as(const T* from) {
 }
 
 inline Floats load(const float* from) { return load_as<Floats>(from); }
+// Numbers of 16 bits to 32 and back, their low halves.
+inline Words widen(Halves x) {
+#if defined(__AVX512F__)  // GCC 12 does it in two pieces; maskz: it warns of its own unmasked one (bug 105593)
+  return reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xFFFF, reinterpret_cast<__m256i>(x)));
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+inline Halves narrow(Words x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Halves>(_mm512_maskz_cvtepi32_epi16(0xFFFF, reinterpret_cast<__m512i>(x)));
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
+}
+
 inline Floats load(const BFloat16* from) {
-  const Words words = __builtin_convertvector(load_as<Halves>(from), Words) << 16;
-  return reinterpret_cast<Floats>(words);
+  return reinterpret_cast<Floats>(widen(load_as<Halves>(from)) << 16);
 }
 
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
 inline void store(BFloat16* to, Floats x) {  // to nearest, ties to even; NaN stays NaN
   const Words word = reinterpret_cast<Words>(x);
   const Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-  const Halves halves = __builtin_convertvector(x == x ? rounded : (Words{} + 0x7FC0), Halves);
+  const Halves halves = narrow(x == x ? rounded : (Words{} + 0x7FC0));
   std::memcpy(to, &halves, sizeof(halves));
 }
 
