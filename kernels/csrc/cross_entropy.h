@@ -75,11 +75,11 @@ inline int64_t count_targets(const int64_t* targets, int64_t rows, int64_t class
 }
 
 // The mean over the rows that have a target, and their number, at least 1. The others' losses are 0.
-inline void mean_loss(const std::vector<float>& losses, int64_t count, float* loss, float* number) {
+inline void mean_loss(const float* losses, int64_t rows, int64_t with_target, float* loss, float* count) {
   double sum = 0.0;
-  for (const float row_loss : losses) sum += row_loss;
-  *number = static_cast<float>(std::max<int64_t>(count, 1));
-  *loss = static_cast<float>(sum / *number);
+  for (int64_t row = 0; row < rows; ++row) sum += losses[row];
+  *count = static_cast<float>(std::max<int64_t>(with_target, 1));
+  *loss = static_cast<float>(sum / *count);
 }
 
 }  // namespace mage_fast

@@ -8,8 +8,8 @@ namespace {
 template <class T>
 void forward(
     const T* logits, const int64_t* targets, int64_t rows, int64_t classes, float smoothing, float* loss,
-    float* log_sum_exp, float* number) {
-  const int64_t count = count_targets(targets, rows, classes);
+    float* log_sum_exp, float* count) {
+  const int64_t with_target = count_targets(targets, rows, classes);
   std::vector<float> losses(rows);
   parallel(rows, row_grain(classes), [&](int64_t row) {
     log_sum_exp[row] = 0.0f;
@@ -18,7 +18,7 @@ void forward(
     log_sum_exp[row] = result.log_sum_exp;
     losses[row] = result.loss;
   });
-  mean_loss(losses, count, loss, number);
+  mean_loss(losses.data(), rows, with_target, loss, count);
 }
 
 template <class T>

@@ -161,6 +161,29 @@ inline float max(Floats x) {  // NaN in a lane may be lost
   return reduce(x, [](Floats a, Floats b) { return max(a, b); });
 }
 
+// Whether a comparison is true in some lane.
+inline bool any(Ints condition) {
+#if defined(__AVX512F__)
+  const __m512i lanes = reinterpret_cast<__m512i>(condition);
+  return _mm512_test_epi32_mask(lanes, lanes) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(condition)) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(condition)) != 0;
+#else
+  const Longs pairs = reinterpret_cast<Longs>(condition);
+  uint64_t joined = 0;
+  for (int lane = 0; lane < kLanes / 2; ++lane) joined |= pairs[lane];
+  return joined != 0;
+#endif
+}
+
+// x, of which the compiler knows nothing: a product that goes through here is rounded, not fused with a sum.
+inline Floats rounded(Floats x) {
+  asm("" : "+m"(x));
+  return x;
+}
+
 // 64-bit products of the low 32 bits of every 64-bit lane.
 inline Longs multiply_low(Longs a, Longs b) {
 #if defined(__AVX512F__)
