@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -101,25 +102,26 @@ inline __attribute__((always_inline)) void for_vectors(int64_t size, const F& f)
   if (first < size) f(first, size - first);
 }
 
-// Over the lanes, in halves: the same order always.
+// Lane i reads lane i + kBy, the last ones the first ones again.
+template <int kBy, int... kLane>
+inline Floats rotate(Floats x, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(x, x, ((kLane + kBy) % kLanes)...);
+}
+
+// All lanes joined by `f`, in halves: the same order always.
+template <int kHalf = kLanes / 2, class F>
+inline float reduce(Floats x, const F& f) {
+  x = f(x, rotate<kHalf>(x, std::make_integer_sequence<int, kLanes>()));
+  if constexpr (kHalf > 1) return reduce<kHalf / 2>(x, f);
+  return x[0];
+}
+
 inline float sum(Floats x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+  return reduce(x, [](Floats a, Floats b) { return a + b; });
 }
 
 inline float max(Floats x) {  // NaN in a lane may be lost
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      lanes[lane] = lanes[lane] > lanes[lane + half] ? lanes[lane] : lanes[lane + half];
-    }
-  }
-  return lanes[0];
+  return reduce(x, [](Floats a, Floats b) { return max(a, b); });
 }
 
 // 64-bit products of the low 32 bits of every 64-bit lane.
