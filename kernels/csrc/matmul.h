@@ -21,6 +21,10 @@ constexpr int kTileVectors = 2;  // 16
 #endif
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 
+// Sums are over so many products, then added up: what all tiles of some columns read of the right factor stays
+// in the first-level cache, and shorter sums round off less.
+constexpr int64_t kMostDepth = 80;
+
 // A matrix of rows `stride` floats apart.
 struct Matrix {
   float* data;
@@ -114,8 +118,7 @@ template <bool kTransposed>
 void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c) {
   static constexpr auto kTiles =
       tiles_of_all_sizes<kTransposed>(std::make_index_sequence<kTileRows * kTileVectors>());
-  // what all tiles of some columns read of b stays in the first-level cache
-  const Pieces pieces(depth, 20480 / (kTileColumns * sizeof(float)), 1);
+  const Pieces pieces(depth, kMostDepth, 1);
   for (int64_t column = 0; column < columns; column += kTileColumns) {
     const int64_t vectors = std::min(kTileColumns, columns - column) / kLanes;
     for (int64_t first = 0; first < depth; first += pieces.size) {
