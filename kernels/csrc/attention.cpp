@@ -33,7 +33,7 @@ class Forward {
         drawn_(dropout.drops ? dropout.room(kBlockQueries, most_keys_) : 0) {}
 
   template <class T>
-  void run(const Task& task, const T* qkv, T* out, float* lse) {
+  void run(const Task& task, const Task& next, const T* qkv, T* out, float* lse) {
     const int64_t features = heads_.features, row = task.start + task.first;
     const Pieces keys(task.length, kMostKeys, kKeysOfBlock), queries(task.queries, kBlockQueries, kTileRows);
     for (int64_t key = 0; key < task.length; key += keys.size) {
@@ -46,8 +46,16 @@ class Forward {
         const T* q = qkv + heads_.qkv_offset(row + query, 0, task.head);
         copy_rows(q, stride, rows, features, q_);
         multiply<false>(q_, kt_, rows, whole_vectors(some), features, false, p_);
+        // inlined, or GCC takes a function that only prefetches for one that does nothing
+        const auto prefetch_rows = [&](int64_t i) __attribute__((always_inline)) {
+          if (key > 0) return;
+          prefetch<true>(out + heads_.out_offset(row + i, task.head), features);
+          for (int64_t which = 0; which < 3 && i < next.length; ++which) {
+            prefetch<false>(qkv + heads_.qkv_offset(next.start + i, which, next.head), features);
+          }
+        };
         for_bool(dropout_.drops, [&](auto drops) {
-          softmax<drops>(query, rows, (row + query) * heads_.count + task.head, key, some);
+          softmax<drops>(query, rows, (row + query) * heads_.count + task.head, key, some, prefetch_rows);
         });
         const Matrix sums{out_.row(query), out_.stride};
         multiply<false>(p_, v_, rows, whole_vectors(features), some, key > 0, sums);
@@ -66,8 +74,9 @@ class Forward {
  private:
   // Scores to probabilities, but for the division by their sum, which goes to totals_. What earlier keys
   // have summed is brought to the new maximum.
-  template <bool kDrops>
-  void softmax(int64_t query, int64_t rows, int64_t random_row, int64_t key, int64_t keys) {
+  template <bool kDrops, class F>
+  void softmax(
+      int64_t query, int64_t rows, int64_t random_row, int64_t key, int64_t keys, const F& before_row) {
     const bool is_first = key == 0;
     const int64_t row_bytes = dropout_.row_bytes(keys);
     if constexpr (kDrops) dropout_.draw_rows(random_row, heads_.count, rows, key, keys, drawn_.data());
@@ -83,6 +92,7 @@ class Forward {
       maxima_[query + row] = std::max(max(most), before[row] * sign) * sign;
     }
     for (int64_t row = 0; row < rows; ++row) {
+      before_row(query + row);
       // where all scores are -infinity they stay so: probabilities are 0, and 0 / 0 in the end
       const float maximum = maxima_[query + row];
       const float offset = std::abs(maximum) == kInfinity && maximum * sign < 0 ? 0.0f : maximum * factor;
@@ -131,9 +141,9 @@ void attention(
   for_dtype(qkv, [&]<class T>(T) {
     const T* from = data<T>(qkv);
     T* to = data<T>(out);
-    torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+    for_tasks(tasks, [&](int64_t begin, int64_t end) {
       Forward forward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
-      for (int64_t i = begin; i < end; ++i) forward.run(tasks[i], from, to, to_lse);
+      for (int64_t i = begin; i < end; ++i) forward.run(tasks[i], tasks[std::min(i + 1, end - 1)], from, to, to_lse);
     });
   });
 }

@@ -24,10 +24,11 @@ constexpr int64_t kMostKeys = 512;
 // Queries first .. first + queries - 1 of a head of the sequence that has the packed rows from start on.
 struct Task {
   int64_t start, length, head, first, queries;
+  int64_t work_before;  // of all earlier tasks: pairs of a query and a key
 };
 
-// Every head of every sequence, in pieces of at most `most` queries. Heads are the outer loop: so threads,
-// which take a run of tasks each, have a share of every sequence.
+// Every head of every sequence, in pieces of at most `most` queries. Heads are the inner loop: one after the
+// other they read the same pages of memory.
 inline std::vector<Task> tasks_of(const Tensor& cu_seqlens, int64_t total, int64_t heads, int64_t most) {
   const int32_t* ends = data<int32_t>(cu_seqlens);
   const int64_t sequences = cu_seqlens.numel() - 1;
@@ -35,16 +36,34 @@ inline std::vector<Task> tasks_of(const Tensor& cu_seqlens, int64_t total, int64
       sequences >= 0 && ends[0] == 0 && ends[sequences] == total && std::is_sorted(ends, ends + sequences + 1),
       "mage_fast_cpu: attention's cu_seqlens do not rise from 0 to the ", total, " rows of qkv");
   std::vector<Task> tasks;
-  for (int64_t head = 0; head < heads; ++head) {
-    for (int64_t sequence = 0; sequence < sequences; ++sequence) {
-      const int64_t start = ends[sequence], length = ends[sequence + 1] - start;
-      const Pieces pieces(length, most, kTileRows);
-      for (int64_t first = 0; first < length; first += pieces.size) {
-        tasks.push_back({start, length, head, first, pieces.length(first)});
+  int64_t work = 0;
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    const int64_t start = ends[sequence], length = ends[sequence + 1] - start;
+    const Pieces pieces(length, most, kTileRows);
+    for (int64_t first = 0; first < length; first += pieces.size) {
+      for (int64_t head = 0; head < heads; ++head) {
+        tasks.push_back({start, length, head, first, pieces.length(first), work});
+        work += length * pieces.length(first);
       }
     }
   }
   return tasks;
+}
+
+// f(begin, end) on all threads, runs of tasks with equal shares of the work.
+template <class F>
+void for_tasks(const std::vector<Task>& tasks, const F& f) {
+  constexpr int64_t kShares = 240;
+  if (tasks.empty()) return;
+  const int64_t work = tasks.back().work_before + tasks.back().length * tasks.back().queries;
+  const auto first_of = [&](int64_t share) {
+    const auto starts_before = [](const Task& task, double border) { return task.work_before < border; };
+    const double border = static_cast<double>(work) * share / kShares;
+    return std::lower_bound(tasks.begin(), tasks.end(), border, starts_before) - tasks.begin();
+  };
+  torch::stable::parallel_for(0, kShares, 1, [&](int64_t begin, int64_t end) {
+    if (first_of(begin) < first_of(end)) f(first_of(begin), first_of(end));
+  });
 }
 
 inline int64_t longest(const std::vector<Task>& tasks) {
@@ -64,6 +83,14 @@ struct Heads {
   }
   int64_t out_offset(int64_t row, int64_t head) const { return (row * count + head) * features; }
 };
+
+// Asks for a row, to be read or to be written, before it is wanted: rows of a head are far apart, so the
+// processor does not foresee them.
+template <bool kToWrite, class T>
+inline __attribute__((always_inline)) void prefetch(const T* row, int64_t features) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < features; i += kLine) __builtin_prefetch(row + i, kToWrite, 2);
+}
 
 // Dropout of probabilities: 8 bits each.
 struct ProbabilityDropout {
@@ -98,7 +125,8 @@ struct ProbabilityDropout {
   }
 
   Ints kept(const int8_t* bytes) const {
-    return __builtin_convertvector(load_as<Octets>(bytes), Ints) >= least_kept;
+    const Shorts drawn = __builtin_convertvector(load_as<Octets>(bytes), Shorts);
+    return __builtin_convertvector(drawn, Ints) >= least_kept;
   }
 };
 

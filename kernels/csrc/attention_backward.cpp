@@ -31,7 +31,9 @@ class Backward {
         deltas_(scratch_.take(queries_)), drawn_(dropout.drops ? dropout.room(kBlockQueries, keys_) : 0) {}
 
   template <class T>
-  void run(const Task& task, const T* grad, const T* qkv, const T* out, const float* lse, T* grad_qkv) {
+  void run(
+      const Task& task, const Task& next, const T* grad, const T* qkv, const T* out, const float* lse,
+      T* grad_qkv) {
     const int64_t features = heads_.features, wide = whole_vectors(features), stride = heads_.qkv_stride();
     const T* q = qkv + heads_.qkv_offset(task.start, 0, task.head);
     const int64_t out_offset = heads_.out_offset(task.start, task.head);
@@ -53,8 +55,21 @@ class Backward {
         const Matrix grad_q_block{grad_q_.row(query), grad_q_.stride};
         multiply<false>(q_block, kt_, rows, whole, features, false, p_);
         multiply<false>(grad_block, vt_, rows, whole, features, false, grad_p_);
+        // inlined, or GCC takes a function that only prefetches for one that does nothing
+        const auto prefetch_rows = [&](int64_t i) __attribute__((always_inline)) {
+          if (key > 0) return;
+          for (int64_t which = 0; which < 3; ++which) {
+            prefetch<true>(grad_qkv + heads_.qkv_offset(task.start + query + i, which, task.head), features);
+          }
+          if (query + i >= next.length) return;
+          for (int64_t which = 0; which < 3; ++which) {
+            prefetch<false>(qkv + heads_.qkv_offset(next.start + query + i, which, next.head), features);
+          }
+          prefetch<false>(grad + heads_.out_offset(next.start + query + i, next.head), features);
+          prefetch<false>(out + heads_.out_offset(next.start + query + i, next.head), features);
+        };
         for_bool(dropout_.drops, [&](auto drops) {
-          softmax_gradient<drops>(lse + row, deltas_ + query, row, rows, key, some);
+          softmax_gradient<drops>(lse + row, deltas_ + query, row, rows, key, some, prefetch_rows);
         });
         multiply<true>(p_, grad_block, some, wide, rows, query > 0, grad_v_);
         multiply<true>(grad_p_, q_block, some, wide, rows, query > 0, grad_k_);
@@ -80,13 +95,15 @@ class Backward {
   }
 
   // p_: S to dropout(P), but for its scale; grad_p_: dO V^T to dS.
-  template <bool kDrops>
+  template <bool kDrops, class F>
   void softmax_gradient(
-      const float* lse, const float* deltas, int64_t random_row, int64_t rows, int64_t key, int64_t keys) {
+      const float* lse, const float* deltas, int64_t random_row, int64_t rows, int64_t key, int64_t keys,
+      const F& before_row) {
     const int64_t row_bytes = dropout_.row_bytes(keys);
     if constexpr (kDrops) dropout_.draw_rows(random_row, heads_.count, rows, key, keys, drawn_.data());
     const float factor = scale_ * kLog2E;
     for (int64_t row = 0; row < rows; ++row) {
+      before_row(row);
       const float offset = lse[row * heads_.count] * kLog2E, delta = deltas[row];
       float *p = p_.row(row), *grad_p = grad_p_.row(row);
       const int8_t* bytes = drawn_.data() + row * row_bytes + kKeysOfBlock - 1;
@@ -136,9 +153,9 @@ void attention_backward(
     const T *from = data<T>(qkv), *grad_from = data<T>(grad), *out_from = data<T>(out);
     const float* lse_from = data<float>(lse);
     T* to = data<T>(grad_qkv);
-    torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+    for_tasks(tasks, [&](int64_t begin, int64_t end) {
       Backward backward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
-      for (int64_t i = begin; i < end; ++i) backward.run(tasks[i], grad_from, from, out_from, lse_from, to);
+      for (int64_t i = begin; i < end; ++i) backward.run(tasks[i], tasks[std::min(i + 1, end - 1)], grad_from, from, out_from, lse_from, to);
     });
   });
 }

@@ -21,6 +21,10 @@ constexpr int kTileVectors = 2;  // 16
 #endif
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 
+// Sums are over so many products, then added up: what all tiles of some columns read of the right factor stays
+// in the first-level cache, and shorter sums round off less.
+constexpr int64_t kMostDepth = 80;
+
 // A matrix of rows `stride` floats apart.
 struct Matrix {
   float* data;
@@ -66,33 +70,37 @@ class Scratch {
   float* next_;
 };
 
+// f(0), f(1), ... f(kCount - 1), the numbers known to the compiler: so what they index can be in registers.
+template <int kCount, class F>
+inline __attribute__((always_inline)) void unrolled(const F& f) {
+  [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, kNumber>{}), ...);
+  }(std::make_integer_sequence<int, kCount>());
+}
+
 // c = a b or, to add, c + a b, in kRows x kVectors registers. Of a transposed left factor a holds the
 // columns as rows.
 template <bool kTransposed, int kRows, int kVectors>
 void multiply_tile(
     const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, bool add, float* c,
     int64_t c_stride) {
-  Floats sums[kRows][kVectors];
-  for (int row = 0; row < kRows; ++row) {
-    for (int vector = 0; vector < kVectors; ++vector) {
-      sums[row][vector] = add ? load(c + row * c_stride + vector * kLanes) : Floats{};
-    }
-  }
+  Floats sums[kRows][kVectors], right[kVectors];
+  unrolled<kRows>([&](auto row) { unrolled<kVectors>([&](auto vector) { sums[row][vector] = Floats{}; }); });
   for (int64_t i = 0; i < depth; ++i) {
-    Floats right[kVectors];
-    for (int vector = 0; vector < kVectors; ++vector) right[vector] = load(b + vector * kLanes);
-    for (int row = 0; row < kRows; ++row) {
+    unrolled<kVectors>([&](auto vector) { right[vector] = load(b + vector * kLanes); });
+    unrolled<kRows>([&](auto row) {
       const float left = kTransposed ? a[row] : a[row * a_stride];
-      for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] += left * right[vector];
-    }
+      unrolled<kVectors>([&](auto vector) { sums[row][vector] += left * right[vector]; });
+    });
     a += kTransposed ? a_stride : 1;
     b += b_stride;
   }
-  for (int row = 0; row < kRows; ++row) {
-    for (int vector = 0; vector < kVectors; ++vector) {
-      store(c + row * c_stride + vector * kLanes, sums[row][vector]);
-    }
-  }
+  unrolled<kRows>([&](auto row) {
+    unrolled<kVectors>([&](auto vector) {
+      float* to = c + row * c_stride + vector * kLanes;
+      store(to, add ? load(to) + sums[row][vector] : sums[row][vector]);
+    });
+  });
 }
 
 using MultiplyTile = void (*)(
@@ -105,13 +113,12 @@ constexpr std::array<MultiplyTile, sizeof...(kIndex)> tiles_of_all_sizes(std::in
 }
 
 // c = a b or, to add, c + a b; a transposed is given by its columns. `columns` are whole vectors in b and c.
-// The sum of an element of c runs over the depth in order, whatever the tile.
+// The sum of an element of c is one of sums over pieces of the depth, each in order, whatever the tile.
 template <bool kTransposed>
 void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c) {
   static constexpr auto kTiles =
       tiles_of_all_sizes<kTransposed>(std::make_index_sequence<kTileRows * kTileVectors>());
-  // what all tiles of some columns read of b stays in the first-level cache
-  const Pieces pieces(depth, 20480 / (kTileColumns * sizeof(float)), 1);
+  const Pieces pieces(depth, kMostDepth, 1);
   for (int64_t column = 0; column < columns; column += kTileColumns) {
     const int64_t vectors = std::min(kTileColumns, columns - column) / kLanes;
     for (int64_t first = 0; first < depth; first += pieces.size) {
