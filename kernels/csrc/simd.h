@@ -60,6 +60,8 @@ inline Floats rounded(Floats x) {
   asm("" : "+x"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
 #endif
   return x;
 }
@@ -176,12 +178,6 @@ inline bool any(Ints condition) {
   for (int lane = 0; lane < kLanes / 2; ++lane) joined |= pairs[lane];
   return joined != 0;
 #endif
-}
-
-// x, of which the compiler knows nothing: a product that goes through here is rounded, not fused with a sum.
-inline Floats rounded(Floats x) {
-  asm("" : "+m"(x));
-  return x;
 }
 
 // 64-bit products of the low 32 bits of every 64-bit lane.
