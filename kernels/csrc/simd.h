@@ -123,6 +123,12 @@ inline float sum(Floats x) {
   return lanes[0];
 }
 
+inline int64_t sum(Ints x) {
+  int64_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
 inline float max(Floats x) {  // NaN in a lane may be lost
   float lanes[kLanes];
   store(lanes, x);
