@@ -104,7 +104,11 @@ def readable(x: Tensor) -> bool:
 def values(op: str, name: str, x: Tensor, low: int, high: int) -> None:
     """Integers in [low, high), where the values are :func:`readable`."""
     if readable(x) and x.numel():
-        smallest, largest = (int(v) for v in torch.aminmax(x))
-        if smallest < low or largest >= high:
-            got = smallest if smallest < low else largest
-            raise ValueError(f"{op}: {name} holds {got}, wanted {low} <= {name} < {high}")
+        numbers(op, name, [int(v) for v in torch.aminmax(x)], low, high)
+
+
+def numbers(op: str, name: str, x: list[int], low: int, high: int) -> None:
+    """The same of numbers that the host has."""
+    if x and (min(x) < low or max(x) >= high):
+        got = min(x) if min(x) < low else max(x)
+        raise ValueError(f"{op}: {name} holds {got}, wanted {low} <= {name} < {high}")

@@ -11,8 +11,8 @@ struct Moments {
   float mean, rstd;
 };
 
-// Of a row whose elements add up to `total`. The variance has a pass of its own over the deviations, so a mean
-// that is large beside it costs no accuracy.
+// Of a row whose elements add up to `total`. The variance has a pass of its own over the deviations, so a
+// mean that is large beside it costs no accuracy.
 template <class T>
 inline Moments moments(const T* row, int64_t features, Floats total, float eps) {
   const float mean = sum(total) / features;

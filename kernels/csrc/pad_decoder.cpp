@@ -1,6 +1,6 @@
 // pad_decoder: out[b, s] = row + position[s], the row being encoded[source[b, s]], or where the source is
-// negative the image's class row or the mask token. Forward, a thread takes an output row at a time; backward,
-// it sums the gradients of the output rows that showed an encoded row, or had a position.
+// negative the image's class row or the mask token. Forward, a thread takes an output row at a time;
+// backward, it sums the gradients of the output rows that showed an encoded row, or had a position.
 #include "rows_by_key.h"
 #include "tensors.h"
 

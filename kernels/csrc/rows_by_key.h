@@ -27,7 +27,7 @@ class RowsByKey {
 };
 
 // use(key, first, sum, count) for every vector of every key's sum of `features` elements, 0 for a key without
-// rows. A key is a task; one that owns a large part of all rows, as [M] does, is several, of some columns each.
+// rows. A key is a task; one with a large part of all rows, as [M] has, is several, of some columns each.
 template <class T, class Use>
 void sum_by_key(const T* rows, int64_t features, const RowsByKey& of, const Use& use) {
   const auto sum_columns = [&](int64_t key, int64_t from, int64_t to) {

@@ -159,6 +159,12 @@ inline float sum(Floats x) {
   return reduce(x, [](Floats a, Floats b) { return a + b; });
 }
 
+inline int64_t sum(Ints x) {
+  int64_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
 inline float max(Floats x) {  // NaN in a lane may be lost
   return reduce(x, [](Floats a, Floats b) { return max(a, b); });
 }

@@ -117,6 +117,20 @@ class TestMaskPlan(ExactOpSuite):
         got = self.function(target)(**inputs)
         assert_equal(dict(enumerate(got[:5])), dict(enumerate(wanted)))
 
+    def test_equal_words_in_a_long_sample(self, target: Target) -> None:
+        """Of 2**18 words of 32 bits some are equal; a count that ends between two takes the first of them."""
+        length, state = 2**18, rng.new_state(0, device=target.device)
+        ordered, order = rng.words(state, 0, 1, length)[0].sort(stable=True)
+        ties = (ordered[1:] == ordered[:-1]).nonzero().flatten()
+        assert len(ties)
+        for tie in ties.tolist():
+            count = torch.tensor([tie + 1], device=target.device)
+            plan = self.function(target)(
+                rng_state=state, num_masked_B=count, num_dropped_B=count, length=length,
+                total_masked=tie + 1, total_kept=length - tie, max_seqlen=length,
+            )  # fmt: skip
+            assert torch.equal(plan.masked_index_N, order[: tie + 1].sort().values.int())
+
 
 @pytest.mark.parametrize(
     ("length", "reason"), [(4096, None), (4097, "a program holds up to 4096 tokens of a sample, got 4097")]

@@ -49,7 +49,7 @@ def add_norm_backward(
     grad_bias_D = torch.empty_like(grad_weight_D)
     drop = activation_dropout(dropout, rng_state, stream)
     torch.ops.mage_fast_cpu.add_norm_backward(
-        grad_out_TD, grad_normed_TD, out_TD, mean_T1.contiguous(), rstd_T1.contiguous(), wide(weight_D), *drop,
-        grad_branch_TD, grad_residual_TD, grad_weight_D, grad_bias_D,
+        grad_out_TD, grad_normed_TD, out_TD, mean_T1.contiguous(), rstd_T1.contiguous(), wide(weight_D),
+        *drop, grad_branch_TD, grad_residual_TD, grad_weight_D, grad_bias_D,
     )  # fmt: skip
     return grad_branch_TD, grad_residual_TD, grad_weight_D.to(weight_D.dtype), grad_bias_D.to(weight_D.dtype)

@@ -83,16 +83,17 @@ def mask_plan(
     check.same_device("mask_plan", rng_state, num_masked=num_masked_B, num_dropped=num_dropped_B)
     if length < 1:
         raise ValueError(f"mask_plan: length is {length}, wanted at least 1")
-    check.values("mask_plan", "num_masked", num_masked_B, 0, length + 1)
-    check.values("mask_plan", "num_dropped", num_dropped_B, 0, length + 1)
     if check.readable(num_masked_B) and check.readable(num_dropped_B):
-        if bool((num_dropped_B > num_masked_B).any()):
+        masked_B, dropped_B = num_masked_B.tolist(), num_dropped_B.tolist()
+        check.numbers("mask_plan", "num_masked", masked_B, 0, length + 1)
+        check.numbers("mask_plan", "num_dropped", dropped_B, 0, length + 1)
+        if any(dropped > masked for masked, dropped in zip(masked_B, dropped_B, strict=True)):
             raise ValueError(
                 "mask_plan: num_dropped is over num_masked in a sample, wanted at most num_masked"
             )
-        kept = (length + 1) * len(num_dropped_B) - int(num_dropped_B.sum())
-        masked = int(num_masked_B.sum())
-        longest = length + 1 - int(num_dropped_B.min()) if len(num_dropped_B) else 0
+        kept = (length + 1) * len(dropped_B) - sum(dropped_B)
+        masked = sum(masked_B)
+        longest = length + 1 - min(dropped_B, default=length + 1)
         if total_kept != kept or total_masked < masked or max_seqlen < longest:
             raise ValueError(
                 f"mask_plan: (total_kept, total_masked, max_seqlen) is "
