@@ -386,35 +386,49 @@ void backward_contiguous(
   });
 }
 
-// ---- ops: maps as [images, height, width, channels] if channels_last, else [images, channels, height, width]
+// ---- ops
 
-Shape shape_of(const Tensor& x, bool channels_last, int64_t groups) {
-  const int64_t channels = x.size(channels_last ? 3 : 1);
-  return {x.size(0), channels, (channels_last ? x.size(1) : x.size(3)) * x.size(2), groups};
+Shape shape_of(const Tensor& x, int64_t groups) { return {x.size(0), x.size(1), x.size(2) * x.size(3), groups}; }
+
+// The memory of maps [N, C, H, W], which lie as the op was told. Strides of single elements say nothing.
+template <class T>
+T* maps(const Tensor& x, bool channels_last) {
+  if (!channels_last) return data<T>(x);
+  int64_t wanted = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(x.size(dim) <= 1 || x.stride(dim) == wanted, "mage_fast_cpu: maps are not channels_last");
+    wanted *= x.size(dim);
+  }
+  STD_TORCH_CHECK(x.scalar_type() == scalar_type<T>(), "mage_fast_cpu: maps have another dtype");
+  return static_cast<T*>(x.data_ptr());
 }
 
 void group_norm_silu(
     const Tensor& x, const Tensor& weight, const Tensor& bias, bool channels_last, int64_t groups, double eps,
     const Tensor& out, const Tensor& mean, const Tensor& rstd) {
-  const Shape shape = shape_of(x, channels_last, groups);
+  const Shape shape = shape_of(x, groups);
   for_dtype(x, [&]<class T>(T) {
     (channels_last ? forward_channels_last<T> : forward_contiguous<T>)(
-        data<T>(x), data<float>(weight), data<float>(bias), shape, static_cast<float>(eps), data<T>(out),
-        data<float>(mean), data<float>(rstd));
+        maps<T>(x, channels_last), data<float>(weight), data<float>(bias), shape, static_cast<float>(eps),
+        maps<T>(out, channels_last), data<float>(mean), data<float>(rstd));
   });
 }
 
-// sum_weight and sum_bias: those of every image, [images, channels]
 void group_norm_silu_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-    const Tensor& rstd, bool channels_last, int64_t groups, const Tensor& grad_x, const Tensor& sum_weight,
-    const Tensor& sum_bias) {
-  const Shape shape = shape_of(x, channels_last, groups);
+    const Tensor& rstd, bool channels_last, int64_t groups, const Tensor& grad_x, const Tensor& grad_weight,
+    const Tensor& grad_bias) {
+  const Shape shape = shape_of(x, groups);
+  const int64_t sums = shape.images * shape.channels;  // the parameters' gradients of every image
+  std::vector<float> sum_weight(sums), sum_bias(sums);
   for_dtype(x, [&]<class T>(T) {
     (channels_last ? backward_channels_last<T> : backward_contiguous<T>)(
-        data<T>(grad), data<T>(x), data<float>(weight), data<float>(bias), data<float>(mean),
-        data<float>(rstd), shape, data<T>(grad_x), data<float>(sum_weight), data<float>(sum_bias));
+        maps<T>(grad, channels_last), maps<T>(x, channels_last), data<float>(weight), data<float>(bias),
+        data<float>(mean), data<float>(rstd), shape, maps<T>(grad_x, channels_last), sum_weight.data(),
+        sum_bias.data());
   });
+  sum_chunks(sum_weight, shape.channels, data<float>(grad_weight));
+  sum_chunks(sum_bias, shape.channels, data<float>(grad_bias));
 }
 
 }  // namespace
@@ -426,7 +440,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mage_fast_cpu, m) {
       "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def(
       "group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
-      "bool channels_last, int groups, Tensor(a!) grad_x, Tensor(b!) sum_weight, Tensor(c!) sum_bias) -> ()");
+      "bool channels_last, int groups, Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mage_fast_cpu, CPU, m) {
