@@ -4,7 +4,6 @@
 // before into the order in which the tiles read them. The rows are split into blocks; a block meets one panel
 // of entries after another.
 #include <limits>
-#include <memory>
 
 #include "tensors.h"
 
@@ -19,17 +18,6 @@ constexpr int kRows = 12;  // 32 registers
 constexpr int kRows = 6;  // 16
 #endif
 constexpr int kCodes = kVectors * kLanes;
-
-// Uninitialised memory for `count` floats, aligned as vectors are.
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : vectors_(std::make_unique_for_overwrite<Floats[]>((count + kLanes - 1) / kLanes)) {}
-  float* data() const { return reinterpret_cast<float*>(vectors_.get()); }
-
- private:
-  std::unique_ptr<Floats[]> vectors_;
-};
 
 // to[channel][i] = rows[first + i][channel] for i < kSize. Where there are no more rows the last one comes
 // again: as a code it is as far as the last one and has a higher index, so it is never the nearest.
@@ -56,7 +44,8 @@ struct Nearest {
 // Takes the panel's entries into account. `x` is [channels, kRows], `panel` [channels, kCodes] and `squares`
 // [kCodes], |c|^2; `code` is the first entry.
 void compare(
-    const float* x, const float* panel, const float* squares, int64_t channels, int32_t code, Nearest& nearest) {
+    const float* x, const float* panel, const float* squares, int64_t channels, int32_t code,
+    Nearest& nearest) {
   Floats products[kRows][kVectors] = {};
   for (int64_t channel = 0; channel < channels; ++channel) {
     Floats codes[kVectors];
@@ -92,7 +81,8 @@ int64_t lowest(Floats distance, Ints code) {
 }
 
 template <class T, class Code>
-void nearest(const T* x, const Code* codebook, int64_t rows, int64_t codes, int64_t channels, int64_t* index) {
+void nearest(
+    const T* x, const Code* codebook, int64_t rows, int64_t codes, int64_t channels, int64_t* index) {
   const int64_t panels = (codes + kCodes - 1) / kCodes, panel_size = kCodes * channels;
   const Buffer packed(panels * panel_size), squares(panels * kCodes);
   parallel(panels, 1, [&](int64_t p) {

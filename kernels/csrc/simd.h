@@ -57,7 +57,7 @@ inline Floats abs(Floats x) { return floats(bits(x) & 0x7FFFFFFF); }
 // x, rounded before a sum takes it up: it does not fuse with the product that it may be.
 inline Floats rounded(Floats x) {
 #if defined(__x86_64__)
-  asm("" : "+x"(x));
+  asm("" : "+v"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
 #else
@@ -77,7 +77,7 @@ inline Vector load_as(const T* from) {
 inline Floats load(const float* from) { return load_as<Floats>(from); }
 // Numbers of 16 bits to 32 and back, their low halves.
 inline Words widen(Halves x) {
-#if defined(__AVX512F__)  // GCC 12 does it in two pieces; maskz: it warns of its own unmasked one (bug 105593)
+#if defined(__AVX512F__)  // GCC 12 does it in two pieces; maskz as in multiply_low
   return reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xFFFF, reinterpret_cast<__m256i>(x)));
 #else
   return __builtin_convertvector(x, Words);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -117,5 +118,16 @@ inline void sum_chunks(const std::vector<float>& partials, int64_t features, flo
     store(sum + first, total + lost, count);
   });
 }
+
+// Uninitialised memory for `count` floats, aligned as vectors are.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : vectors_(std::make_unique_for_overwrite<Floats[]>((count + kLanes - 1) / kLanes)) {}
+  float* data() const { return reinterpret_cast<float*>(vectors_.get()); }
+
+ private:
+  std::unique_ptr<Floats[]> vectors_;
+};
 
 }  // namespace mage_fast

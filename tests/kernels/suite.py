@@ -148,6 +148,19 @@ def assert_equal(actual: dict, wanted: dict) -> None:
     torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+def results_by_threads(call: Callable[[], Any]) -> list[Any]:
+    """What the call gives on 1, 2 and 3 threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 @contextmanager
 def nan_filled_buffers() -> Iterator[None]:
     """New uninitialised memory holds NaN, so an element that a kernel does not write shows."""

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from mage_fast.kernels import dispatch
 from mage_fast.kernels.ops.group_norm_silu.specs import Spec
-from tests.kernels.suite import TOLERANCE, OpSuite, Target, assert_as_good, cast, differentiate, few
+from tests.kernels.suite import (
+    TOLERANCE,
+    OpSuite,
+    Target,
+    assert_as_good,
+    assert_equal,
+    cast,
+    differentiate,
+    few,
+    results_by_threads,
+)
 
 
 def oracle(
@@ -128,6 +138,15 @@ class TestGroupNormSilu(OpSuite):
         inputs = Spec("offset", 2, 8, 8, 4).inputs(torch.float32, target.device)
         inputs["x_NCHW"] = (inputs["x_NCHW"].detach() + 300).requires_grad_()
         self.check(self.function(target), inputs)
+
+    @pytest.mark.parametrize("channels_last", [True, False])
+    def test_threads_change_nothing(self, target: Target, channels_last: bool) -> None:
+        if target.implementation != "cpp":
+            pytest.skip("the order of sums is fixed in our kernels only")
+        inputs = Spec("threads", 2, 40, 33, 10, channels_last).inputs(torch.float32, target.device)
+        one, *others = results_by_threads(lambda: differentiate(self.function(target), inputs))
+        for other in others:
+            assert_equal(other, one)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mage_fast.kernels.ops.nearest_code import reference
 from mage_fast.kernels.ops.nearest_code.specs import Spec
-from tests.kernels.suite import OpSuite, Target, few
+from tests.kernels.suite import OpSuite, Target, few, results_by_threads
 
 
 def distances(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
@@ -89,6 +90,25 @@ class TestNearestCode(OpSuite):
         inputs = Spec("mixed", 50, 32, 8).inputs(torch.float32, target.device)
         inputs["x_ND"] = inputs["x_ND"].bfloat16()
         assert torch.equal(self.function(target)(**inputs), distances(**inputs).argmin(1))
+
+    def test_nan_is_least(self, target: Target) -> None:
+        """As in torch's argmin: the first code whose distance is NaN; infinite features stay in the range."""
+        if target.implementation != "cpp":
+            pytest.skip("the order of NaN is the CPU's")
+        inputs = Spec("nan", 30, 70, 6).inputs(torch.float32, target.device)
+        inputs["x_ND"][3], inputs["x_ND"][5, 2], inputs["x_ND"][7, 1] = torch.nan, torch.inf, -torch.inf
+        assert torch.equal(self.function(target)(**inputs), reference.nearest_code(*inputs.values()))
+        inputs["codebook_KD"][50:60, 4] = torch.nan
+        assert torch.equal(self.function(target)(**inputs)[10:], torch.full((20,), 50))
+
+    def test_threads_change_nothing(self, target: Target) -> None:
+        """Even where rounding decides: codes that are nearly equal."""
+        if target.implementation != "cpp":
+            pytest.skip("the order of sums is fixed in our kernels only")
+        inputs = Spec("threads", 500, 300, 40).inputs(torch.float32, target.device)
+        inputs["codebook_KD"] = 1 + 1e-6 * inputs["codebook_KD"]
+        one, *others = results_by_threads(lambda: self.function(target)(**inputs))
+        assert all(torch.equal(other, one) for other in others)
 
     def test_no_gradient(self, target: Target) -> None:
         inputs = Spec("grad", 4, 5, 3).inputs(torch.float32, target.device)
