@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,49 @@ class TestMaskedCrossEntropy(OpSuite):
     def test_float16_at_the_tiles_of_the_real_shapes(self, target: Target) -> None:
         for spec in (Spec("row", 3, 1024, padding=1), Spec("long", 2, 16384 + 9)):
             self.check(self.function(target), spec.inputs(torch.float16, target.device))
+
+
+def cpp() -> Any:
+    module = dispatch._find("masked_cross_entropy", "cpp")
+    if isinstance(module, str):
+        pytest.skip(module)
+    return module
+
+
+def test_threads_change_nothing_in_cpp() -> None:
+    cpp()
+    inputs = Spec("threads", 300, 1031, padding=40).inputs()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(differentiate(lambda **x: masked_cross_entropy(**x, implementation="cpp"), inputs))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_equal(result, results[0])
+
+
+@pytest.mark.parametrize("first", [-1e30, -200.0, -20.0, 0.0, 20.0, 1e30, -math.inf])
+def test_first_logits_far_from_the_largest_in_cpp(first: float) -> None:
+    """The first vector's largest logit shifts the exponentials, unless it is far from the largest of all."""
+    cpp()
+    inputs = Spec("far", 3, 100, label_smoothing=0.0).inputs()
+    logits = inputs["logits_NC"].detach()
+    logits[:, :16] += first
+    inputs |= {"logits_NC": logits.requires_grad_(), "targets_N": torch.tensor([40, 50, 60])}
+    got, wanted = (
+        differentiate(lambda **x: masked_cross_entropy(**x, implementation=name), inputs)  # noqa: B023
+        for name in ("cpp", "reference")
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_targets_beyond_the_classes_are_no_address_in_cpp() -> None:
+    """The values are not looked at in a compiled graph."""
+    module = cpp()
+    with pytest.raises(RuntimeError, match="target 11 of 11 classes"):
+        module.masked_cross_entropy(torch.zeros(2, 11), torch.tensor([3, 11]), 0.1)
 
 
 def test_addresses_past_2_to_the_31_elements() -> None:

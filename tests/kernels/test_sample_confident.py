@@ -177,6 +177,17 @@ class TestSampleConfident(ExactOpSuite):
         _, following = self.function(target)(**inputs)
         assert (following == inputs["mask_token_id"]).sum(1).tolist() == [1, 1, 3, 0]
 
+    @pytest.mark.parametrize("floats", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("scale", [1.0, 100.0, 1e20])
+    def test_draws_of_whole_rows(self, target: Target, floats: torch.dtype, scale: float) -> None:
+        """Every option at once, on rows that start inside a block of random words; sums that round."""
+        spec = Spec("rows", 2, 9, 203, 8, top_k=60, top_p=0.9, guidance_scale=1.5)
+        inputs = spec.inputs(floats, target.device) | {"temperature": 0.5}
+        for options in ({}, {"top_k": 0}, {"top_p": 1.0}, {"top_k": 0, "top_p": 1.0}):
+            changed = inputs | options
+            changed["logits_BLC"] = inputs["logits_BLC"] * scale
+            self.check(self.function(target), changed)
+
     @pytest.mark.parametrize("tokens", ["int32", "int64"])
     def test_samples_of_a_larger_run(self, target: Target, tokens: str) -> None:
         """Sample 1 is a case of its own: Triton compiles a constant for it."""
@@ -186,6 +197,44 @@ class TestSampleConfident(ExactOpSuite):
         part = {k: x[1:] if k in ("logits_BLC", "ids_BL", "num_masked_B") else x for k, x in whole.items()}
         got = self.function(target)(**part, first_sample=1)
         assert all(torch.equal(x, y[1:]) for x, y in zip(got, wanted, strict=True))
+
+
+def cpp() -> Any:
+    module = dispatch._find("sample_confident", "cpp")
+    if isinstance(module, str):
+        pytest.skip(module)
+    return module
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}])
+def test_rows_without_a_finite_largest_logit(options: dict) -> None:
+    """C++ draws as the reference: the first NaN, else the first infinity, else the first code."""
+    cpp()
+    logits = torch.randn(1, 7, 40, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 5] = math.nan
+    logits[0, 1] = -math.inf
+    logits[0, 2, 7] = math.inf
+    logits[0, 3, 3:] = -math.inf
+    logits[0, 4] *= 1e30
+    logits[0, 5, [8, 9]] = torch.tensor([math.inf, math.nan])
+    ids = torch.full((1, 7), MASK)
+    got, wanted = (step(logits, ids, 3, implementation=name, **options) for name in ("cpp", "reference"))
+    assert got[0].tolist() == wanted[0].tolist()
+    assert got[1].tolist() == wanted[1].tolist()
+
+
+def test_threads_change_nothing_in_cpp() -> None:
+    cpp()
+    inputs = SPECS[-1].inputs() | {"top_k": 100, "top_p": 0.9}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(sample_confident(**inputs, implementation="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
 def triton_interpreted() -> Any:

@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy in chunks of rows: torch's products around ``csrc/linear_cross_entropy.cpp``.
+"""Linear layer and cross-entropy in chunks: torch's products around ``csrc/linear_cross_entropy.cpp``.
 
 A chunk's logits are turned into their gradients where they lie, used by the gradients' products, and
 overwritten by the next chunk's.

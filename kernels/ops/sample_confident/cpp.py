@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mage_fast.kernels import rng
-from mage_fast.kernels.cpp_support import DEVICES, unsupported
+from mage_fast.kernels import cpp_support, rng
+from mage_fast.kernels.cpp_support import DEVICES
 from mage_fast.kernels.rng import Stream
 
 __all__ = ["DEVICES", "sample_confident", "unsupported"]
+#: They are counted in float32, which holds no larger integers exactly.
+_MOST_CODES = 2**24
+
+
+def unsupported(function: str, logits: Tensor, *args: Any) -> str | None:
+    if logits.shape[2] > _MOST_CODES:
+        return f"codes are counted in float32: at most {_MOST_CODES}, got {logits.shape[2]}"
+    return cpp_support.unsupported(function, logits, *args)
 
 
 def sample_confident(
