@@ -1,6 +1,6 @@
-// group_norm_silu of channels_last maps, [images, pixels, channels]. A group is a few channels of every pixel,
+// group_norm_silu of channels_last maps, [images, pixels, channels]. A group is a few channels of each pixel,
 // so vectors run over the channels, and the pixels are split into chunks, by their number alone. Two passes,
-// forward and backward: sums over each chunk, which are merged in order, then what is made of them. The second
+// forward and backward: sums over each chunk, which are merged in order; then their use. The second
 // pass walks over each thread's chunks from the last to the first: those read last are still in the cache.
 #pragma once
 
