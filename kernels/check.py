@@ -13,6 +13,8 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def shape(op: str, name: str, x: Tensor, wanted: tuple[int | None, ...]) -> None:
     """Wanted sizes; None stands for any."""
+    if x.shape == wanted:  # the usual case, soon told
+        return
     if x.dim() != len(wanted) or any(w is not None and s != w for s, w in zip(x.shape, wanted, strict=True)):
         text = ", ".join("*" if w is None else str(w) for w in wanted)
         text = f"({text},)" if len(wanted) == 1 else f"({text})"
