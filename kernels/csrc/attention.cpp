@@ -55,7 +55,8 @@ class Forward {
           }
         };
         for_bool(dropout_.drops, [&](auto drops) {
-          softmax<drops>(query, rows, (row + query) * heads_.count + task.head, key, some, prefetch_rows);
+          const int64_t random_row = (row + query) * heads_.count + task.head;
+          softmax<drops>(query, rows, random_row, key, some, prefetch_rows);
         });
         const Matrix sums{out_.row(query), out_.stride};
         multiply<false>(p_, v_, rows, whole_vectors(features), some, key > 0, sums);
@@ -67,7 +68,8 @@ class Forward {
       for_vectors(features, [&](int64_t first, auto count) {
         store(to + first, load(out_.row(query) + first) * factor, count);
       });
-      lse[(row + query) * heads_.count + task.head] = maxima_[query] * std::abs(scale_) + std::log(totals_[query]);
+      const float maximum = maxima_[query] * std::abs(scale_);
+      lse[(row + query) * heads_.count + task.head] = maximum + std::log(totals_[query]);
     }
   }
 
@@ -143,7 +145,9 @@ void attention(
     T* to = data<T>(out);
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
       Forward forward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
-      for (int64_t i = begin; i < end; ++i) forward.run(tasks[i], tasks[std::min(i + 1, end - 1)], from, to, to_lse);
+      for (int64_t i = begin; i < end; ++i) {
+        forward.run(tasks[i], tasks[std::min(i + 1, end - 1)], from, to, to_lse);
+      }
     });
   });
 }
