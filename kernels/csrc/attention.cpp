@@ -55,7 +55,8 @@ class Forward {
           }
         };
         for_bool(dropout_.drops, [&](auto drops) {
-          softmax<drops>(query, rows, (row + query) * heads_.count + task.head, key, some, prefetch_rows);
+          const int64_t random_row = (row + query) * heads_.count + task.head;
+          softmax<drops>(query, rows, random_row, key, some, prefetch_rows);
         });
         const Matrix sums{out_.row(query), out_.stride};
         multiply<false>(p_, v_, rows, whole_vectors(features), some, key > 0, sums);
@@ -67,7 +68,8 @@ class Forward {
       for_vectors(features, [&](int64_t first, auto count) {
         store(to + first, load(out_.row(query) + first) * factor, count);
       });
-      lse[(row + query) * heads_.count + task.head] = maxima_[query] * scale_ + std::log(totals_[query]);
+      const float maximum = maxima_[query] * std::abs(scale_);
+      lse[(row + query) * heads_.count + task.head] = maximum + std::log(totals_[query]);
     }
   }
 
@@ -89,13 +91,13 @@ class Forward {
         most = max(first_lanes(load(p_.row(row) + first) * sign, count, -kInfinity), most);
       });
       before[row] = is_first ? -kInfinity : maxima_[query + row];
-      maxima_[query + row] = std::max(max(most), before[row] * sign) * sign;
+      maxima_[query + row] = std::max(max(most), before[row]);
     }
     for (int64_t row = 0; row < rows; ++row) {
       before_row(query + row);
       // where all scores are -infinity they stay so: probabilities are 0, and 0 / 0 in the end
       const float maximum = maxima_[query + row];
-      const float offset = std::abs(maximum) == kInfinity && maximum * sign < 0 ? 0.0f : maximum * factor;
+      const float offset = maximum == -kInfinity ? 0.0f : maximum * sign * factor;
       Floats total{};
       float* p = p_.row(row);
       const int8_t* bytes = drawn_.data() + row * row_bytes + kKeysOfBlock - 1;
@@ -111,7 +113,7 @@ class Forward {
       if (is_first) {
         totals_[query + row] = sum(total);
       } else {
-        const float change = std::exp2(before[row] * factor - offset);
+        const float change = std::exp2(before[row] * sign * factor - offset);
         totals_[query + row] = totals_[query + row] * change + sum(total);
         for_vectors(whole_vectors(heads_.features), [&](int64_t first, auto) {
           float* to = out_.row(query + row) + first;
@@ -143,7 +145,9 @@ void attention(
     T* to = data<T>(out);
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
       Forward forward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
-      for (int64_t i = begin; i < end; ++i) forward.run(tasks[i], tasks[std::min(i + 1, end - 1)], from, to, to_lse);
+      for (int64_t i = begin; i < end; ++i) {
+        forward.run(tasks[i], tasks[std::min(i + 1, end - 1)], from, to, to_lse);
+      }
     });
   });
 }

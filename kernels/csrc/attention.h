@@ -33,7 +33,8 @@ inline std::vector<Task> tasks_of(const Tensor& cu_seqlens, int64_t total, int64
   const int32_t* ends = data<int32_t>(cu_seqlens);
   const int64_t sequences = cu_seqlens.numel() - 1;
   STD_TORCH_CHECK(
-      sequences >= 0 && ends[0] == 0 && ends[sequences] == total && std::is_sorted(ends, ends + sequences + 1),
+      sequences >= 0 && ends[0] == 0 && ends[sequences] == total &&
+          std::is_sorted(ends, ends + sequences + 1),
       "mage_fast_cpu: attention's cu_seqlens do not rise from 0 to the ", total, " rows of qkv");
   std::vector<Task> tasks;
   int64_t work = 0;

@@ -8,6 +8,9 @@
 // of them at a time, if there are more), of K, K^T and V^T; a block of queries at a time, dropout(P) and dS
 // come to stand where S and dO V^T did, and the sums of dV, dK and dQ go on.
 #include "attention.h"
+
+#include <limits>
+
 #include "vector_math.h"
 
 namespace mage_fast {
@@ -18,7 +21,8 @@ constexpr int64_t kBlockQueries = 90;
 class Backward {
  public:
   Backward(Heads heads, float scale, const ProbabilityDropout& dropout, int64_t longest)
-      : heads_(heads), scale_(scale), dropout_(dropout), queries_(longest), keys_(std::min(longest, kMostKeys)),
+      : heads_(heads), scale_(scale), dropout_(dropout), queries_(longest),
+        keys_(std::min(longest, kMostKeys)),
         scratch_(
             3 * Scratch::room(queries_, heads.features) + 3 * Scratch::room(keys_, heads.features) +
             2 * Scratch::room(heads.features, keys_) + 2 * Scratch::room(kBlockQueries, keys_) +
@@ -155,7 +159,10 @@ void attention_backward(
     T* to = data<T>(grad_qkv);
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
       Backward backward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
-      for (int64_t i = begin; i < end; ++i) backward.run(tasks[i], tasks[std::min(i + 1, end - 1)], grad_from, from, out_from, lse_from, to);
+      for (int64_t i = begin; i < end; ++i) {
+        const Task& next = tasks[std::min(i + 1, end - 1)];
+        backward.run(tasks[i], next, grad_from, from, out_from, lse_from, to);
+      }
     });
   });
 }
@@ -166,7 +173,8 @@ void attention_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(mage_fast_cpu, m) {
   m.def(
       "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
-      "float softmax_scale, Tensor? state, int stream, int least_kept, float scale, Tensor(a!) grad_qkv) -> ()");
+      "float softmax_scale, Tensor? state, int stream, int least_kept, float scale, Tensor(a!) grad_qkv) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mage_fast_cpu, CPU, m) {

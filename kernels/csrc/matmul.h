@@ -1,9 +1,8 @@
-// Products of float matrices that lie in the cache: rows of whole vectors, a tile of the product in
-// registers. And how rows of tensors become such matrices, as they are or transposed.
+// Products of float matrices that lie in the cache, rows of whole vectors. And how rows of tensors become
+// such matrices, as they are or transposed.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -21,8 +20,8 @@ constexpr int kTileVectors = 2;  // 16
 #endif
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 
-// Sums are over so many products, then added up: what all tiles of some columns read of the right factor stays
-// in the first-level cache, and shorter sums round off less.
+// Sums are over so many products, then added up: what all tiles of some columns read of the right factor
+// stays in the first-level cache, and shorter sums round off less.
 constexpr int64_t kMostDepth = 80;
 
 // A matrix of rows `stride` floats apart.
@@ -70,68 +69,10 @@ class Scratch {
   float* next_;
 };
 
-// f(0), f(1), ... f(kCount - 1), the numbers known to the compiler: so what they index can be in registers.
-template <int kCount, class F>
-inline __attribute__((always_inline)) void unrolled(const F& f) {
-  [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, kNumber>{}), ...);
-  }(std::make_integer_sequence<int, kCount>());
-}
-
-// c = a b or, to add, c + a b, in kRows x kVectors registers. Of a transposed left factor a holds the
-// columns as rows.
-template <bool kTransposed, int kRows, int kVectors>
-void multiply_tile(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, bool add, float* c,
-    int64_t c_stride) {
-  Floats sums[kRows][kVectors], right[kVectors];
-  unrolled<kRows>([&](auto row) { unrolled<kVectors>([&](auto vector) { sums[row][vector] = Floats{}; }); });
-  for (int64_t i = 0; i < depth; ++i) {
-    unrolled<kVectors>([&](auto vector) { right[vector] = load(b + vector * kLanes); });
-    unrolled<kRows>([&](auto row) {
-      const float left = kTransposed ? a[row] : a[row * a_stride];
-      unrolled<kVectors>([&](auto vector) { sums[row][vector] += left * right[vector]; });
-    });
-    a += kTransposed ? a_stride : 1;
-    b += b_stride;
-  }
-  unrolled<kRows>([&](auto row) {
-    unrolled<kVectors>([&](auto vector) {
-      float* to = c + row * c_stride + vector * kLanes;
-      store(to, add ? load(to) + sums[row][vector] : sums[row][vector]);
-    });
-  });
-}
-
-using MultiplyTile = void (*)(
-    const float*, int64_t, const float*, int64_t, int64_t depth, bool add, float*, int64_t);
-
-// The tiles of every size: [(rows - 1) * kTileVectors + vectors - 1]
-template <bool kTransposed, size_t... kIndex>
-constexpr std::array<MultiplyTile, sizeof...(kIndex)> tiles_of_all_sizes(std::index_sequence<kIndex...>) {
-  return {multiply_tile<kTransposed, kIndex / kTileVectors + 1, kIndex % kTileVectors + 1>...};
-}
-
 // c = a b or, to add, c + a b; a transposed is given by its columns. `columns` are whole vectors in b and c.
 // The sum of an element of c is one of sums over pieces of the depth, each in order, whatever the tile.
 template <bool kTransposed>
-void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c) {
-  static constexpr auto kTiles =
-      tiles_of_all_sizes<kTransposed>(std::make_index_sequence<kTileRows * kTileVectors>());
-  const Pieces pieces(depth, kMostDepth, 1);
-  for (int64_t column = 0; column < columns; column += kTileColumns) {
-    const int64_t vectors = std::min(kTileColumns, columns - column) / kLanes;
-    for (int64_t first = 0; first < depth; first += pieces.size) {
-      const float* left = kTransposed ? a.row(first) : a.data + first;
-      for (int64_t row = 0; row < rows; row += kTileRows) {
-        const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - row);
-        kTiles[(tile_rows - 1) * kTileVectors + vectors - 1](
-            left + (kTransposed ? row : row * a.stride), a.stride, b.row(first) + column, b.stride,
-            pieces.length(first), add || first > 0, c.row(row) + column, c.stride);
-      }
-    }
-  }
-}
+void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c);
 
 // Rows of a tensor, `stride` elements apart, as a matrix; zeros up to whole vectors.
 template <class T>

@@ -56,14 +56,17 @@ inline Longs counting_from(uint64_t first) {
 template <size_t... kLane>
 inline void store_by_turns(void* to, Blocks blocks, std::index_sequence<kLane...>) {
   constexpr int kHalf = kBlocks / 2;
-  const Longs low = __builtin_shufflevector(blocks.first, blocks.second, (kLane / 2 + kLane % 2 * kBlocks)...);
+  const Longs low =
+      __builtin_shufflevector(blocks.first, blocks.second, (kLane / 2 + kLane % 2 * kBlocks)...);
   const Longs high =
       __builtin_shufflevector(blocks.first, blocks.second, (kLane / 2 + kLane % 2 * kBlocks + kHalf)...);
   std::memcpy(to, &low, sizeof(low));
   std::memcpy(static_cast<char*>(to) + sizeof(low), &high, sizeof(high));
 }
 
-inline void store(void* to, Blocks blocks) { store_by_turns(to, blocks, std::make_index_sequence<kBlocks>()); }
+inline void store(void* to, Blocks blocks) {
+  store_by_turns(to, blocks, std::make_index_sequence<kBlocks>());
+}
 
 // Writes the blocks first .. first + count - 1 of one row; `to` has room for a multiple of kBlocks.
 inline void fill_blocks(const Philox& philox, uint64_t row, uint64_t first, int64_t count, void* to) {
