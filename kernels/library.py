@@ -44,9 +44,9 @@ def define(
     op = name.removesuffix("_backward")
 
     def run(*args: Any) -> Any:
-        *inputs, implementation = args
-        device = next(a for a in inputs if isinstance(a, Tensor)).device
-        function = getattr(dispatch.select(op, implementation, device.type, name, tuple(inputs)), name)
+        inputs, implementation = args[:-1], args[-1]
+        device = inputs[0].device  # a tensor in every schema
+        function = getattr(dispatch.select(op, implementation, device.type, name, inputs), name)
         autocast = torch.is_autocast_enabled(device.type)
         if device.type != "cuda" and not autocast:
             return function(*inputs)
@@ -95,11 +95,11 @@ def _autograd(
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            *inputs, keyset = args
+            inputs, keyset = args[:-1], args[-1]
             with torch._C._AutoDispatchBelowAutograd():
                 result = below(keyset, *inputs)
             if setup_context is not None:
-                setup_context(ctx, tuple(inputs), result)
+                setup_context(ctx, inputs, result)
             return result
 
         @staticmethod

@@ -94,27 +94,24 @@ class Case:
         """Whether the implementation's random numbers are not those of the randomness contract."""
         return implementation in {TORCH, COMPILED, *_peers(self.op)}
 
-    def runner(
-        self, implementation: str, inputs: dict[str, Any]
-    ) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+    def runner(self, implementation: str, inputs: dict[str, Any]) -> tuple[Callable[[], Any], list[Tensor]]:
         """What a benchmark repeats, and its first results: the outputs and, with backward, the gradients."""
         call = self.function(implementation)
         if not self.backward:
 
-            def forward() -> list[Tensor]:
+            def forward() -> Any:
                 with torch.no_grad():
-                    return tensors(call(**inputs))
+                    return call(**inputs)
 
-            return forward, forward()
+            return forward, tensors(forward())
         wanted = [x for x in tensors(inputs) if x.requires_grad]
         cotangents = [_cotangent(y, i) for i, y in enumerate(tensors(call(**inputs))) if y.requires_grad]
 
-        def both() -> list[Tensor]:
+        def both() -> tuple[list[Tensor], tuple[Tensor, ...]]:
             outputs = tensors(call(**inputs))
-            grads = torch.autograd.grad([y for y in outputs if y.requires_grad], wanted, cotangents)
-            return [y.detach() for y in outputs] + list(grads)
+            return outputs, torch.autograd.grad([y for y in outputs if y.requires_grad], wanted, cotangents)
 
-        return both, both()
+        return both, [y.detach() for y in tensors(both())]
 
 
 def is_floating(spec: Any) -> bool:
@@ -142,7 +139,8 @@ def _cotangent(y: Tensor, index: int) -> Tensor:
     generator = torch.Generator(y.device).manual_seed(index)
     # the same values in every dtype
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float32, device=y.device)
-    return noise.bfloat16().to(y.dtype)
+    # laid out as y is: what a gradient has that comes from an op on y
+    return torch.empty_like(y).copy_(noise.bfloat16())
 
 
 def implementations(op: str, device: str, *, compiled: bool = True) -> list[str]:

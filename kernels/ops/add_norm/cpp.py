@@ -25,7 +25,7 @@ def add_norm(
     mean_T1 = branch_TD.new_empty((branch_TD.shape[0], 1), dtype=torch.float32)
     rstd_T1 = torch.empty_like(mean_T1)
     drop = activation_dropout(dropout, rng_state, stream)
-    torch.ops.mage_fast_cpu.add_norm(
+    torch.ops.mage_fast_cpu.add_norm.default(
         branch_TD, residual_TD, wide(weight_D), wide(bias_D), eps, *drop, out_TD, normed_TD, mean_T1, rstd_T1
     )
     return out_TD, normed_TD, mean_T1, rstd_T1
@@ -48,7 +48,7 @@ def add_norm_backward(
     grad_weight_D = weight_D.new_empty(weight_D.shape, dtype=torch.float32)
     grad_bias_D = torch.empty_like(grad_weight_D)
     drop = activation_dropout(dropout, rng_state, stream)
-    torch.ops.mage_fast_cpu.add_norm_backward(
+    torch.ops.mage_fast_cpu.add_norm_backward.default(
         grad_out_TD, grad_normed_TD, out_TD, mean_T1.contiguous(), rstd_T1.contiguous(), wide(weight_D),
         *drop, grad_branch_TD, grad_residual_TD, grad_weight_D, grad_bias_D,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def attention(
     total, _, heads, features = qkv_T3HD.shape
     out_THD = qkv_T3HD.new_empty((total, heads, features))
     lse_TH = qkv_T3HD.new_empty((total, heads), dtype=torch.float32)
-    torch.ops.mage_fast_cpu.attention(
+    torch.ops.mage_fast_cpu.attention.default(
         qkv_T3HD.contiguous(), cu_seqlens.contiguous(), softmax_scale,
         *_dropout(dropout, rng_state, stream), out_THD, lse_TH,
     )  # fmt: skip
@@ -43,7 +43,7 @@ def attention_backward(
     stream: int,
 ) -> Tensor:
     grad_qkv_T3HD = torch.empty_like(qkv_T3HD, memory_format=torch.contiguous_format)
-    torch.ops.mage_fast_cpu.attention_backward(
+    torch.ops.mage_fast_cpu.attention_backward.default(
         grad_THD.to(qkv_T3HD.dtype).contiguous(), qkv_T3HD.contiguous(), out_THD.contiguous(),
         lse_TH.contiguous(), cu_seqlens.contiguous(), softmax_scale,
         *_dropout(dropout, rng_state, stream), grad_qkv_T3HD,

@@ -40,7 +40,7 @@ def embed_kept(
     ids_T = positions_T.new_empty(rows, dtype=torch.int32)
     mean_T1 = word_weight_VD.new_empty((rows, 1), dtype=torch.float32)
     rstd_T1 = torch.empty_like(mean_T1)
-    torch.ops.mage_fast_cpu.embed_kept(
+    torch.ops.mage_fast_cpu.embed_kept.default(
         ids_BL.contiguous(), class_ids_B.contiguous(), positions_T.contiguous(), is_masked_BL.contiguous(),
         word_weight_VD.contiguous(), position_weight_SD.contiguous(), wide(norm_weight_D), wide(norm_bias_D),
         mask_token_id, eps, *activation_dropout(dropout, rng_state, stream), x_TD, ids_T, mean_T1, rstd_T1,
@@ -66,7 +66,7 @@ def embed_kept_backward(
     grad_position_SD = position_weight_SD.new_empty(position_weight_SD.shape)
     grad_weight_D = norm_weight_D.new_empty(norm_weight_D.shape, dtype=torch.float32)
     grad_bias_D = torch.empty_like(grad_weight_D)
-    torch.ops.mage_fast_cpu.embed_kept_backward(
+    torch.ops.mage_fast_cpu.embed_kept_backward.default(
         grad_TD, ids_T.contiguous(), positions_T.contiguous(), mean_T1.contiguous(), rstd_T1.contiguous(),
         word_weight_VD.contiguous(), position_weight_SD.contiguous(), wide(norm_weight_D),
         *activation_dropout(dropout, rng_state, stream),

@@ -19,7 +19,7 @@ def group_norm_silu(
     out_NCHW = torch.empty_like(x_NCHW, memory_format=format)
     mean_NG = x_NCHW.new_empty((x_NCHW.shape[0], num_groups), dtype=torch.float32)
     rstd_NG = torch.empty_like(mean_NG)
-    torch.ops.mage_fast_cpu.group_norm_silu(
+    torch.ops.mage_fast_cpu.group_norm_silu.default(
         x_NCHW, wide(weight_C), wide(bias_C), format is torch.channels_last, num_groups, eps,
         out_NCHW, mean_NG, rstd_NG,
     )  # fmt: skip
@@ -41,7 +41,7 @@ def group_norm_silu_backward(
     grad_x_NCHW = torch.empty_like(x_NCHW, memory_format=format)
     weight_wide_C, bias_wide_C = wide(weight_C), wide(bias_C)
     grad_weight_C, grad_bias_C = torch.empty_like(weight_wide_C), torch.empty_like(bias_wide_C)
-    torch.ops.mage_fast_cpu.group_norm_silu_backward(
+    torch.ops.mage_fast_cpu.group_norm_silu_backward.default(
         grad_NCHW, x_NCHW, weight_wide_C, bias_wide_C, mean_NG.contiguous(), rstd_NG.contiguous(),
         format is torch.channels_last, num_groups, grad_x_NCHW, grad_weight_C, grad_bias_C,
     )  # fmt: skip

@@ -45,7 +45,7 @@ def linear_cross_entropy(
             torch.mm(hidden_ND[part], weight_CD.T, out=x_KC)
         else:
             torch.addmm(bias_C, hidden_ND[part], weight_CD.T, out=x_KC)
-        torch.ops.mage_fast_cpu.linear_cross_entropy_rows(
+        torch.ops.mage_fast_cpu.linear_cross_entropy_rows.default(
             x_KC, targets_N[part], label_smoothing, with_gradient, losses_N[part],
             grad_bias if with_bias_gradient else None,
         )  # fmt: skip
@@ -56,7 +56,7 @@ def linear_cross_entropy(
             grad_weight.addmm_(x_KC.T, hidden_ND[part])
         elif with_weight_gradient:
             grad_weight += x_KC.T @ hidden_ND[part]
-    torch.ops.mage_fast_cpu.linear_cross_entropy_mean(losses_N, targets_N, loss, count)
+    torch.ops.mage_fast_cpu.linear_cross_entropy_mean.default(losses_N, targets_N, loss, count)
     return loss, count, grad_hidden, grad_weight, grad_bias
 
 

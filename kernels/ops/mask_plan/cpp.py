@@ -25,7 +25,7 @@ def mask_plan(
     masked_index_N = torch.empty(total_masked, dtype=torch.int32)
     source_BS = torch.empty((batch, length + 1), dtype=torch.int32)
     is_masked_BL = torch.empty((batch, length), dtype=torch.bool)
-    torch.ops.mage_fast_cpu.mask_plan(
+    torch.ops.mage_fast_cpu.mask_plan.default(
         rng_state.contiguous(), num_masked_B.contiguous(), num_dropped_B.contiguous(), stream,
         positions_T, cu_seqlens, masked_index_N, source_BS, is_masked_BL,
     )  # fmt: skip

@@ -16,7 +16,9 @@ def masked_cross_entropy(
     logits_NC, targets_N = logits_NC.contiguous(), targets_N.long().contiguous()
     loss = logits_NC.new_empty((), dtype=torch.float32)
     lse_N, count = loss.new_empty(targets_N.shape), torch.empty_like(loss)
-    torch.ops.mage_fast_cpu.masked_cross_entropy(logits_NC, targets_N, label_smoothing, loss, lse_N, count)
+    torch.ops.mage_fast_cpu.masked_cross_entropy.default(
+        logits_NC, targets_N, label_smoothing, loss, lse_N, count
+    )
     return loss, lse_N, count
 
 
@@ -25,7 +27,7 @@ def masked_cross_entropy_backward(
 ) -> Tensor:
     logits_NC, targets_N = logits_NC.contiguous(), targets_N.long().contiguous()
     grad_NC = torch.empty_like(logits_NC)
-    torch.ops.mage_fast_cpu.masked_cross_entropy_backward(
+    torch.ops.mage_fast_cpu.masked_cross_entropy_backward.default(
         grad.float(), logits_NC, lse_N.contiguous(), count, targets_N, label_smoothing, grad_NC
     )
     return grad_NC

@@ -29,7 +29,7 @@ def pad_decoder(
 ) -> Tensor:
     dtype = torch.promote_types(encoded_TD.dtype, position_weight_SD.dtype)
     out_BSD = encoded_TD.new_empty((*source_BS.shape, encoded_TD.shape[1]), dtype=dtype)
-    torch.ops.mage_fast_cpu.pad_decoder(
+    torch.ops.mage_fast_cpu.pad_decoder.default(
         encoded_TD.contiguous(), source_BS.contiguous(), cu_seqlens.contiguous(),
         position_weight_SD.contiguous(), None if mask_token_D is None else wide(mask_token_D), out_BSD,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def pad_decoder_backward(
     grad_encoded_TD = grad_BSD.new_empty((rows, features), dtype=encoded_dtype)
     grad_position_SD = grad_BSD.new_empty((positions, features), dtype=position_dtype)
     grad_mask_token_D = grad_BSD.new_zeros(features, dtype=torch.float32)
-    torch.ops.mage_fast_cpu.pad_decoder_backward(
+    torch.ops.mage_fast_cpu.pad_decoder_backward.default(
         grad_BSD.contiguous(), source_BS.contiguous(), cu_seqlens.contiguous(),
         grad_encoded_TD, grad_position_SD, grad_mask_token_D if with_mask_token else None,
     )  # fmt: skip

@@ -12,5 +12,5 @@ __all__ = ["DEVICES", "philox", "unsupported"]
 
 def philox(state: Tensor, stream: int, high: int, low: int, first_high: int) -> Tensor:
     words = state.new_empty((high, low, 4), dtype=torch.int32)
-    torch.ops.mage_fast_cpu.philox(state.contiguous(), stream, first_high, words)
+    torch.ops.mage_fast_cpu.philox.default(state.contiguous(), stream, first_high, words)
     return words

@@ -42,7 +42,7 @@ def sample_confident(
         logits_BLC, guidance_logits_BLC = logits_BLC.to(dtype), guidance_logits_BLC.to(dtype).contiguous()
     tokens_BL = ids_BL.long().contiguous()
     sampled_BL, next_BL = torch.empty_like(tokens_BL), torch.empty_like(tokens_BL)
-    torch.ops.mage_fast_cpu.sample_confident(
+    torch.ops.mage_fast_cpu.sample_confident.default(
         logits_BLC.contiguous(), tokens_BL, num_masked_B.long().contiguous(), guidance_logits_BLC,
         guidance_scale, mask_token_id, choice_temperature, temperature, top_k, top_p,
         rng_state.contiguous(), rng.stream(Stream.SAMPLE_ID, stream),
