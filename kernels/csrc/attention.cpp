@@ -102,7 +102,7 @@ class Forward {
       float* p = p_.row(row);
       const int8_t* bytes = drawn_.data() + row * row_bytes + kKeysOfBlock - 1;
       for_vectors(keys, [&](int64_t first, auto count) {
-        const Floats x = exp2_of_negative(load(p + first) * factor - offset);
+        const Floats x = exp2(load(p + first) * factor - offset);
         total += first_lanes(x, count, 0.0f);
         if constexpr (kDrops) {
           store(p + first, select(dropout_.kept(bytes + first), x, Floats{}));

@@ -112,7 +112,7 @@ class Backward {
       float *p = p_.row(row), *grad_p = grad_p_.row(row);
       const int8_t* bytes = drawn_.data() + row * row_bytes + kKeysOfBlock - 1;
       for_vectors(keys, [&](int64_t first, auto) {
-        const Floats x = exp2_of_negative(load(p + first) * factor - offset);
+        const Floats x = exp2(load(p + first) * factor - offset);
         Floats slope = load(grad_p + first);
         if constexpr (kDrops) {
           const Ints kept = dropout_.kept(bytes + first);

@@ -68,7 +68,7 @@ class CodeRow {
   void keep_top_p(float p) {
     Floats total{};
     for (int64_t first = 0; first < size_; first += kLanes) {
-      const Floats weight = exp_of_difference(scores(first) - largest_);
+      const Floats weight = exp(scores(first) - largest_);
       store(weights_.data() + first, weight);
       total += weight;
     }

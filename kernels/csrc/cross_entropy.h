@@ -22,7 +22,7 @@ RowSums row_sums(const T* x, int64_t classes, float shift) {
     const Floats filled = load(x + first, count, -std::numeric_limits<float>::infinity());
     sums.largest = max(filled, sums.largest);  // passes over NaN, which the exponentials have
     sums.x += load(x + first, count);
-    sums.exp += exp_of_difference(filled - shift);
+    sums.exp += exp(filled - shift);
   });
   return sums;
 }
@@ -55,9 +55,9 @@ void row_gradient(
   const float share = smoothing / static_cast<float>(classes);
   const Floats x_target = all(load(x + target, 1)[0]);
   for_vectors(classes, [&](int64_t first, auto count) {
-    store(grad + first, (exp_of_difference(load(x + first, count) - log_sum_exp) - share) * scale, count);
+    store(grad + first, (exp(load(x + first, count) - log_sum_exp) - share) * scale, count);
   });
-  store(grad + target, (exp_of_difference(x_target - log_sum_exp) - share - (1.0f - smoothing)) * scale, 1);
+  store(grad + target, (exp(x_target - log_sum_exp) - share - (1.0f - smoothing)) * scale, 1);
 }
 
 // Rows that one thread takes at least, of so many classes.

@@ -1,6 +1,7 @@
 // sample_confident: one step of iterative decoding. First every unknown token draws an id; a token's row of
 // logits is one thread's, and those of known tokens are not read. Then every sample, one thread's too, masks
 // its least confident tokens again.
+#include <cmath>
 #include "code_row.h"
 
 namespace mage_fast {
@@ -36,12 +37,12 @@ Drawn draw(
   if (row.is_filtered()) {
     for (int64_t i = 0; i < row.size(); ++i) words[i] = words[row.id(i)];
   }
-  const float margin = exp(all(1e-5f + std::abs(row.largest()) * 5e-7f))[0] / kUnit;
+  const float margin = std::exp(1e-5f + std::abs(row.largest()) * 5e-7f) / kUnit;
   float bound = kInfinity;
   Floats best = all(-kInfinity), total{};
   Ints winner{};
   for (int64_t i = 0; i < row.size(); i += kLanes) {
-    const Floats score = row.scores(i), p = exp_of_difference(score - row.largest());
+    const Floats score = row.scores(i), p = exp(score - row.largest());
     total += p;
     const Floats u = uniform_units(load_as<Words>(words + i));
     if (!any(1.0f / kUnit - u <= p * bound)) continue;

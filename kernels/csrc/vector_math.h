@@ -15,57 +15,26 @@ inline Floats polynomial(Floats x, const float (&coefficients)[kTerms]) {
   return sum;
 }
 
-// 2^x, within 2 units in the last place; 0 below -126, infinity above 128, NaN of NaN.
-inline Floats exp2(Floats x) {
-  const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats inside = select(x < -127.0f, all(-127.0f), select(x > 128.0f, all(128.0f), x));
-  const Floats shifted = inside + magic;
-  const Floats whole = shifted - magic, part = inside - whole;  // |part| <= 1/2
-  const Floats fraction = polynomial(
-      part, {1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f, 5.550332548e-2f, 2.402264791e-1f,
-             6.931472028e-1f, 1.0f});
-  // exponent + whole, in the bits; at -127 it leaves 0, at 128 infinity's exponent
-  const Ints exponent = (bits(shifted) - bits(magic)) << 23;
-  const Floats scaled = floats(bits(fraction) + exponent);
-  const Floats infinity = all(std::numeric_limits<float>::infinity());
-  return select(x < -126.0f, Floats{}, select(x >= 128.0f, infinity, scaled));
-}
+// 2^x of |x| <= 1/2
+constexpr float kExp2[] = {1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f, 5.550332548e-2f,
+                           2.402264791e-1f, 6.931472028e-1f, 1.0f};
 
-// 2^x of x <= 0 (or just above), for less work; 0 below -126, NaN of NaN.
-inline Floats exp2_of_negative(Floats x) {
+// 2^x of x < 64, within 2 units in the last place; 0 below -126, NaN of NaN.
+inline Floats exp2(Floats x) {
   const Floats magic = all(12583039.0f);  // 1.5 * 2^23 + 127: adding it leaves the exponent's bits at the end
   const Floats shifted = x + magic, part = x - (shifted - magic);
-  const Floats fraction = polynomial(
-      part, {1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f, 5.550332548e-2f, 2.402264791e-1f,
-             6.931472028e-1f, 1.0f});
+  const Floats fraction = polynomial(part, kExp2);
   return select(x < -126.0f, Floats{}, fraction * floats(bits(shifted) << 23));
 }
 
-// e^x, within 2 units in the last place; 0 below -87.33, infinity above 88.72, NaN of NaN.
+// e^x of x < 88, within 2 units in the last place for |x| < 1, beyond that within 2 |x|: of a probability, less
+// than a rounding of 1. 0 below -87.68, NaN of NaN.
 inline Floats exp(Floats x) {
-  const Floats magic = all(12582912.0f);
-  const Floats inside = select(x < -88.0f, all(-88.0f), select(x > 89.0f, all(89.0f), x));
-  const Floats shifted = inside * 1.44269504088896341f + magic;
-  const Floats whole = shifted - magic;
-  const Floats part = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-  const Floats tail = polynomial(
-      part, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-             5.0000001201e-1f});
-  const Floats fraction = tail * (part * part) + part + 1.0f;
-  const Ints exponent = (bits(shifted) - bits(magic)) << 23;
-  const Floats scaled = floats(bits(fraction) + exponent);
-  const Floats infinity = all(std::numeric_limits<float>::infinity());
-  return select(x < -87.33654f, Floats{}, select(x > 88.72283f, infinity, scaled));
-}
-
-// e^x of x < 88, in fewer steps than exp; within 2 units in the last place, 0 below -87.68, NaN of NaN.
-inline Floats exp_of_difference(Floats x) {
   // 1.5 * 2^23 rounds to an integer, 127 is the bias of exponents; at the lower limit the exponent is 0
   const Floats magic = all(12582912.0f + 127.0f), inside = max(all(-88.03f), x);
   const Floats shifted = inside * 1.44269504088896341f + magic;
   const Floats part = inside * 1.44269504088896341f - (shifted - magic);  // |part| <= 1/2
-  const Floats fraction = polynomial(
-      part, {1.3264674926e-3f, 9.6715111285e-3f, 5.5507339537e-2f, 2.4022242427e-1f, 6.9314700365e-1f, 1.0f});
+  const Floats fraction = polynomial(part, kExp2);
   return fraction * floats(bits(shifted) << 23);
 }
 
@@ -89,7 +58,7 @@ inline Floats log(Floats x) {
   return select(is_normal, result, select((x < 0.0f) | (x != x), nan, special));
 }
 
-// 1 / (1 + e^-x), within 3 units in the last place for |x| < 5, beyond that within |x|; 0 and 1 far out, NaN
+// 1 / (1 + e^-x), within 6 units in the last place for |x| < 5, beyond that within |x|; 0 and 1 far out, NaN
 // of NaN.
 inline Floats sigmoid(Floats x) {
   const Floats power = x * -1.44269504088896341f;
@@ -102,13 +71,13 @@ inline Floats sigmoid(Floats x) {
   const Floats magic = all(12582912.0f), inside = max(all(-126.0f), min(all(128.0f), power));
   const Floats shifted = inside + magic, part = inside - (shifted - magic);
 #endif
-  const Floats fraction = polynomial(
-      part, {1.326472731e-3f, 9.671512991e-3f, 5.550733581e-2f, 2.402224243e-1f, 6.931470037e-1f, 1.0f});
+  const Floats fraction = polynomial(part, kExp2);
 #if defined(__AVX512DQ__)
   const auto odds = reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(
       0xFFFF, reinterpret_cast<__m512>(fraction), reinterpret_cast<__m512>(whole)));
 #else
-  const Floats odds = floats(bits(fraction) + (bits(shifted) << 23));  // at 128 infinity
+  const Floats scaled = floats(bits(fraction) + (bits(shifted) << 23));  // at 128 infinity
+  const Floats odds = select(x == x, scaled, x);
 #endif
   return 1.0f / (1.0f + odds);
 }

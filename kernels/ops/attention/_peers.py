@@ -27,6 +27,13 @@ def sdpa(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dr
     return torch.cat(outputs) if outputs else qkv_T3HD[:, 0]
 
 
+def sdpa_without_dropout(
+    qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float
+) -> Tensor:
+    """The same with its flash kernel also where the others drop: what their dropout costs."""
+    return sdpa(qkv_T3HD, cu_seqlens, max_seqlen, scale, 0.0)
+
+
 def varlen_attn(
     qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout: float
 ) -> Tensor:
@@ -96,4 +103,4 @@ def _peer(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 #: By the name in the benchmarks' tables.
 PEERS = {
     f"{function.__name__}, own dropout": _peer(function) for function in (sdpa, flash_attn, xformers)
-} | {"varlen_attn, no dropout": _peer(varlen_attn)}
+} | {"sdpa, no dropout": _peer(sdpa_without_dropout), "varlen_attn, no dropout": _peer(varlen_attn)}
