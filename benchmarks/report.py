@@ -1,7 +1,7 @@
-"""README.md's benchmark table, from the record files in benchmarks/results.
+"""The benchmark tables of README.md (short) and docs/benchmarks.md (all), from benchmarks/results.
 
-python -m benchmarks.report          # writes the table between the markers of README.md
-python -m benchmarks.report --check  # exit status 1 if it is another
+python -m benchmarks.report          # writes the tables between the markers of the two files
+python -m benchmarks.report --check  # exit status 1 if one is another
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mage_fast.benchmark import records, tables
 from mage_fast.files import atomic_path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, FULL = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- benchmarks: python -m benchmarks.report -->", "<!-- end of benchmarks -->"
 
 
-def table(results: Path = RESULTS) -> str:
+def table(results: Path = RESULTS, *, short: bool = False) -> str:
     """One table a device, of what was timed beside a baseline."""
     parts = []
     for path in sorted(results.glob("*.json")):
@@ -29,21 +29,21 @@ def table(results: Path = RESULTS) -> str:
         for device, found in groupby(sorted(records.read(path), key=of_device), of_device):
             kept = list(found)
             versions = {f"torch {r['versions']['torch']}, {r['date']}" for r in kept}
-            text = tables.markdown(kept)
+            text = tables.markdown(tables.summary(kept) if short else kept)
             parts.append(f"{device} ({'; '.join(sorted(versions))}):\n\n{text}")
     return "\n\n".join(parts)
 
 
-def rendered(readme: str, results: Path = RESULTS) -> str:
-    """The README with the table between its markers.
+def rendered(text: str, results: Path = RESULTS, *, short: bool = True) -> str:
+    """The text with the table between its markers.
 
     Raises:
         ValueError: it has no markers.
     """
-    if START not in readme or END not in readme:
-        raise ValueError(f"README.md has no markers {START} and {END}")
-    before, rest = readme.split(START, 1)
-    return f"{before}{START}\n\n{table(results)}\n\n{END}{rest.split(END, 1)[1]}"
+    if START not in text or END not in text:
+        raise ValueError(f"the file has no markers {START} and {END}")
+    before, rest = text.split(START, 1)
+    return f"{before}{START}\n\n{table(results, short=short)}\n\n{END}{rest.split(END, 1)[1]}"
 
 
 def main() -> int:
@@ -52,16 +52,21 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    now = README.read_text(encoding="utf-8")
-    wanted = rendered(now)
-    if now == wanted:
-        return 0
-    if options.check:
-        print("README.md is behind benchmarks/results: run python -m benchmarks.report", file=sys.stderr)
-        return 1
-    with atomic_path(README) as temporary:
-        temporary.write_text(wanted, encoding="utf-8")
-    return 0
+    behind = False
+    for path in (README, FULL):
+        now = path.read_text(encoding="utf-8")
+        wanted = rendered(now, short=path == README)
+        if now == wanted:
+            continue
+        behind = True
+        if options.check:
+            print(
+                f"{path.name} is behind benchmarks/results: run python -m benchmarks.report", file=sys.stderr
+            )
+            continue
+        with atomic_path(path) as temporary:
+            temporary.write_text(wanted, encoding="utf-8")
+    return int(behind and options.check)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report, test_ops
-from mage_fast.benchmark import cases, limits, measure, plots, records, timing
+from mage_fast.benchmark import cases, limits, measure, plots, records, tables, timing
 from mage_fast.benchmark.cases import Case
 from mage_fast.benchmark.gate import Gate, Incorrect
 from mage_fast.errors import InputError
@@ -317,6 +317,8 @@ def test_plots_are_drawn_from_the_records_alone(tmp_path: Path) -> None:
 def test_readme_is_in_step_with_the_results() -> None:
     readme = report.README.read_text(encoding="utf-8")
     assert report.rendered(readme) == readme, "run python -m benchmarks.report"
+    full = report.FULL.read_text(encoding="utf-8")
+    assert report.rendered(full, short=False) == full, "run python -m benchmarks.report"
 
 
 def test_readme_table_holds_what_was_compared(tmp_path: Path) -> None:
@@ -327,3 +329,16 @@ def test_readme_table_holds_what_was_compared(tmp_path: Path) -> None:
     assert len(lines) == 5
     with pytest.raises(ValueError, match="no markers"):
         report.rendered("# nothing")
+
+
+def test_the_short_table_has_the_steps_and_the_first_shape_of_each_op() -> None:
+    names = ["a/x/fwd", "a/x/fwd+bwd", "a/y/fwd", "b/x/fwd"]
+    made = [
+        {"suite": "kernels", "name": name, "dtype": dtype, "implementation": implementation, "ratio": 2.0}
+        for dtype in ("float32", "bfloat16")
+        for name in names
+        for implementation in ("reference", "cpp")
+    ]
+    made.append({"suite": "train", "name": "s", "dtype": "float32", "implementation": "m", "ratio": 1.0})
+    kept = [(r["name"], r["dtype"], r["implementation"]) for r in tables.summary(made)]
+    assert kept == [("a/x/fwd+bwd", "float32", "cpp"), ("b/x/fwd", "float32", "cpp"), ("s", "float32", "m")]

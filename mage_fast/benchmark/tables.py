@@ -107,8 +107,26 @@ def paper(device: Device, ops: Iterable[str]) -> Table:
     return table
 
 
+#: Our own implementations of ops, of which the short table takes the first that there is.
+OWN = ("triton", "cpp")
+
+
+def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of one device's records the whole steps and, of each op, its first shape in the dtype timed first."""
+    kept: dict[str, dict[str, Any]] = {}
+    for r in records:
+        if r["suite"] != "kernels":
+            kept[f"{r['name']} {r['dtype']} {r['implementation']}"] = r
+        elif r["implementation"] in OWN and r["ratio"]:
+            op, spec, _ = r["name"].split("/")
+            first = kept.setdefault(op, r)
+            if first["name"].startswith(f"{op}/{spec}/") and first["dtype"] == r["dtype"]:
+                kept[op] = r  # fwd, then fwd+bwd where there is a backward
+    return list(kept.values())
+
+
 def markdown(records: list[dict[str, Any]]) -> str:
-    """The timed implementations of one device's records, for README.md; references are left out."""
+    """The timed implementations of one device's records; references are left out."""
     compared = [r for r in records if r["implementation"] not in (r["baseline"], "reference") and r["ratio"]]
     lines = [
         "| op / spec / direction | dtype | implementation | ms | baseline | ratio | % of floor |",
