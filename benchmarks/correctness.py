@@ -129,8 +129,8 @@ def graphs(ops: Sequence[str], device: str, smoke: bool) -> Iterator[Line]:
                 continue
             state[1] = 0
             try:
-                run, _ = case.runner(name, inputs)
-                replay = _replayed(run, device)
+                repeated, _ = case.runner(name, inputs)
+                replay = _replayed(repeated, device)
             except dispatch.Unsupported as reason:
                 yield f"graph of {op}/{name}", None, str(reason)
                 continue
@@ -140,7 +140,7 @@ def graphs(ops: Sequence[str], device: str, smoke: bool) -> Iterator[Line]:
             results = []
             for step in (0, 1):
                 state[1] = step
-                results.append((replay(), [y.clone() for y in run()]))
+                results.append((replay(), [y.clone() for y in tensors(repeated())]))
             same = all(torch.equal(x, y) for pair in results for x, y in zip(*pair, strict=True))
             fresh = any(not torch.equal(x, y) for x, y in zip(results[0][0], results[1][0], strict=True))
             problem = "" if same else "a replay differs from the call"
@@ -148,11 +148,11 @@ def graphs(ops: Sequence[str], device: str, smoke: bool) -> Iterator[Line]:
             yield f"graph of {op}/{name}", same and fresh, problem
 
 
-def _replayed(run: Callable[[], list[Tensor]], device: str) -> Callable[[], list[Tensor]]:
+def _replayed(run: Callable[[], Any], device: str) -> Callable[[], list[Tensor]]:
     held: list[Tensor] = []
 
     def keep() -> None:
-        held[:] = run()
+        held[:] = tensors(run())
 
     replay = captured(keep).replay if device == "cuda" else keep
 

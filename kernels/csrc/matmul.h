@@ -13,11 +13,7 @@ namespace mage_fast {
 
 // The tile: its sums, a row of the right factor and an element of the left one fill the registers.
 constexpr int kTileRows = 6;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileVectors = 4;  // 32 registers
-#else
-constexpr int kTileVectors = 2;  // 16
-#endif
+constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 
 // Sums are over so many products, then added up: what all tiles of some columns read of the right factor

@@ -12,11 +12,7 @@ namespace {
 
 // The tile: kRows x kVectors sums, kVectors of codes and a feature fill the registers.
 constexpr int kVectors = 2;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 12;  // 32 registers
-#else
-constexpr int kRows = 6;  // 16
-#endif
+constexpr int kRows = kRegisters == 32 ? 12 : 6;
 constexpr int kCodes = kVectors * kLanes;
 
 // to[channel][i] = rows[first + i][channel] for i < kSize. Where there are no more rows the last one comes

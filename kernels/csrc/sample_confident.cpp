@@ -2,6 +2,7 @@
 // logits is one thread's, and those of known tokens are not read. Then every sample, one thread's too, masks
 // its least confident tokens again.
 #include <cmath>
+
 #include "code_row.h"
 
 namespace mage_fast {

@@ -21,6 +21,11 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;  // SSE2, NEON
 #endif
 constexpr int kLanes = kVectorBytes / 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;  // of vectors
+#else
+constexpr int kRegisters = 16;
+#endif
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));

@@ -229,7 +229,7 @@ def test_convert_to_the_published_layout_and_back(
 def test_env_names_what_runs_and_why(capsys: pytest.CaptureFixture) -> None:
     assert main(["env"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "attention", "reference", "C++ extension"):
+    for word in ("torch", "attention", "cpp", "triton", "C++ extension"):
         assert word in text
 
 
