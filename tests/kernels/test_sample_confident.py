@@ -93,6 +93,7 @@ class TestSampleConfident(ExactOpSuite):
     op = "sample_confident"
     oracle = staticmethod(oracle)
     bad = {  # noqa: RUF012
+        "no codes": ({"logits_BLC": torch.ones(2, 6, 0)}, r"logits has shape \(2, 6, 0\), wanted"),
         "top_k": ({"top_k": 12}, "top_k is 12, wanted 0 <= top_k <= 11"),
         "top_p": ({"top_p": 0.0}, r"top_p is 0\.0, wanted 0 < top_p <= 1"),
         "negative top_k": ({"top_k": -1}, "top_k is -1, wanted 0 <= top_k <= 11"),

@@ -70,6 +70,7 @@ def sample_confident(
     Source: MAGE section 3.2 (iterative decoding), after MaskGIT.
     """
     check.shape("sample_confident", "logits", logits_BLC, (None, None, None))
+    check.features("sample_confident", "logits", logits_BLC)
     check.floating("sample_confident", "logits", logits_BLC)
     batch, length, codes = logits_BLC.shape
     check.shape("sample_confident", "ids", ids_BL, (batch, length))
