@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from mage_fast.kernels import library
-
     if folder := config.getoption("--extension-folder"):
+        from mage_fast.kernels import library
+
         library.EXTENSION_FOLDER = folder.resolve(strict=True)

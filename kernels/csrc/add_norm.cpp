@@ -19,7 +19,7 @@ void forward(
       Residual* const s = out + element;
       const Floats total = sum_vectors(features, [&](int64_t first, auto count) {
         const Floats y =
-            dropout.apply(load(branch + element + first, count), drawn ? drawn + first : nullptr);
+            dropout.apply(load(branch + element + first, count), drawn, first);
         store(s + first, load(residual + element + first, count) + y, count);
         return load(s + first, count);  // rounded: the statistics are those of the rows that backward reads
       });
@@ -56,7 +56,7 @@ void backward(
             const Floats grad_s = load(grad_out + element + first, count) + through_norm;
             store(grad_residual + element + first, grad_s, count);
             store(
-                grad_branch + element + first, dropout.apply(grad_s, drawn ? drawn + first : nullptr), count);
+                grad_branch + element + first, dropout.apply(grad_s, drawn, first), count);
           });
     }
   });

@@ -14,7 +14,7 @@ void forward(const T* x, const float* bias, int64_t rows, int64_t features, cons
       const int16_t* drawn = dropout.bits(element, features, buffer);
       for_vectors(features, [&](int64_t first, auto count) {
         const Floats s = load(x + element + first, count) + load(bias + first, count);
-        store(out + element + first, dropout.apply(gelu(s), drawn ? drawn + first : nullptr), count);
+        store(out + element + first, dropout.apply(gelu(s), drawn, first), count);
       });
     }
   });
@@ -35,7 +35,7 @@ void backward(
       for_vectors(features, [&](int64_t first, auto count) {
         const Floats s = load(x + element + first, count) + load(bias + first, count);
         const Floats grad_y = load(grad + element + first, count);
-        const Floats grad_s = dropout.apply(grad_y, drawn ? drawn + first : nullptr) * gelu_slope(s);
+        const Floats grad_s = dropout.apply(grad_y, drawn, first) * gelu_slope(s);
         store(grad_x + element + first, grad_s, count);
         store(sums + first, load(sums + first, count) + grad_s, count);
       });

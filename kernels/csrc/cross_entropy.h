@@ -60,9 +60,6 @@ void row_gradient(
   store(grad + target, (exp(x_target - log_sum_exp) - share - (1.0f - smoothing)) * scale, 1);
 }
 
-// Rows that one thread takes at least, of so many classes.
-inline int64_t row_grain(int64_t classes) { return 16384 / std::clamp<int64_t>(classes, 1, 16384); }
-
 // How many rows have a target. Not every caller has looked at the values, and none may be a wrong address.
 inline int64_t count_targets(const int64_t* targets, int64_t rows, int64_t classes) {
   int64_t count = 0, largest = -1;

@@ -54,7 +54,7 @@ void forward(
       for_vectors(features, [&](int64_t first, auto count) {
         const Floats n = (load(embedded.data() + first, count) - of.mean) * of.rstd;
         const Floats y = n * load(weight + first, count) + load(bias + first, count);
-        store(x + element + first, dropout.apply(y, drawn ? drawn + first : nullptr), count);
+        store(x + element + first, dropout.apply(y, drawn, first), count);
       });
     }
   });
@@ -81,7 +81,7 @@ void backward(
             return load(word + first, count) + load(position + first, count);
           },
           [&](int64_t first, auto count) {
-            return dropout.apply(load(grad + element + first, count), drawn ? drawn + first : nullptr);
+            return dropout.apply(load(grad + element + first, count), drawn, first);
           },
           weights.data() + chunk * features, biases.data() + chunk * features, scratch.data(),
           [&](int64_t first, Floats grad_e, auto count) {

@@ -11,7 +11,7 @@ void forward(
     float* log_sum_exp, float* count) {
   const int64_t with_target = count_targets(targets, rows, classes);
   std::vector<float> losses(rows);
-  parallel(rows, row_grain(classes), [&](int64_t row) {
+  parallel(rows, rows_of_task(classes), [&](int64_t row) {
     log_sum_exp[row] = 0.0f;
     if (targets[row] < 0) return;
     const RowLoss result = row_loss(logits + row * classes, classes, targets[row], smoothing);
@@ -26,7 +26,7 @@ void backward(
     const T* logits, const float* log_sum_exp, const int64_t* targets, int64_t rows, int64_t classes,
     float smoothing, float scale, T* grad_logits) {
   count_targets(targets, rows, classes);
-  parallel(rows, row_grain(classes), [&](int64_t row) {
+  parallel(rows, rows_of_task(classes), [&](int64_t row) {
     const T* x = logits + row * classes;
     T* grad = grad_logits + row * classes;
     if (targets[row] < 0) {

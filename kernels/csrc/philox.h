@@ -85,7 +85,8 @@ class Dropout {
 
   bool drops() const { return scale_ != 1.0f; }
 
-  // Bits of the elements first .. first + count - 1, to be given to apply(); they live in `buffer`.
+  // Bits of the elements first .. first + count - 1, to be given to apply(); they live in `buffer`. Null where
+  // nothing is dropped.
   const int16_t* bits(int64_t first, int64_t count, std::vector<int16_t>& buffer) const {
     if (!drops()) return nullptr;
     const int64_t before = first % 8, blocks = (before + count + 7) / 8;
@@ -101,10 +102,10 @@ class Dropout {
     return buffer.data() + before;
   }
 
-  // x scaled where kept, else 0. `bits` is that of x's first element; reads kLanes of them.
-  Floats apply(Floats x, const int16_t* bits) const {
+  // x scaled where kept, else 0. x's elements are those of bits[first], bits[first + 1], ...; reads kLanes.
+  Floats apply(Floats x, const int16_t* bits, int64_t first) const {
     if (bits == nullptr) return x;
-    const Ints drawn = __builtin_convertvector(load_as<Shorts>(bits), Ints);
+    const Ints drawn = __builtin_convertvector(load_as<Shorts>(bits + first), Ints);
     return select(drawn >= least_kept_, x * scale_, Floats{});
   }
 

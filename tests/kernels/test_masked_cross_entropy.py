@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,15 @@ from torch import Tensor
 from mage_fast.kernels import dispatch
 from mage_fast.kernels.ops.masked_cross_entropy.api import masked_cross_entropy
 from mage_fast.kernels.ops.masked_cross_entropy.specs import Spec
-from tests.kernels.suite import OpSuite, Target, assert_equal, cotangent, differentiate, few
+from tests.kernels.suite import (
+    OpSuite,
+    Target,
+    assert_equal,
+    cotangent,
+    differentiate,
+    few,
+    results_by_threads,
+)
 
 
 def oracle(logits_NC: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
@@ -154,15 +163,10 @@ def cpp() -> Any:
 def test_threads_change_nothing_in_cpp() -> None:
     cpp()
     inputs = Spec("threads", 300, 1031, padding=40).inputs()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(differentiate(lambda **x: masked_cross_entropy(**x, implementation="cpp"), inputs))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert_equal(result, results[0])
+    call = partial(masked_cross_entropy, implementation="cpp")
+    one, *others = results_by_threads(partial(differentiate, call, inputs))
+    for other in others:
+        assert_equal(other, one)
 
 
 @pytest.mark.parametrize("first", [-1e30, -200.0, -20.0, 0.0, 20.0, 1e30, -math.inf])

@@ -16,7 +16,7 @@ from mage_fast.kernels import dispatch, rng
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.kernels.ops.sample_confident.specs import SPECS, Spec
 from mage_fast.kernels.rng import Stream
-from tests.kernels.suite import ExactOpSuite, Target, tensors
+from tests.kernels.suite import ExactOpSuite, Target, results_by_threads, tensors
 
 MASK = 99
 #: Scores that differ by less are a tie: a few units in the last place of noise of up to 17.
@@ -227,15 +227,9 @@ def test_rows_without_a_finite_largest_logit(options: dict) -> None:
 def test_threads_change_nothing_in_cpp() -> None:
     cpp()
     inputs = SPECS[-1].inputs() | {"top_k": 100, "top_p": 0.9}
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(sample_confident(**inputs, implementation="cpp"))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    one, *others = results_by_threads(lambda: sample_confident(**inputs, implementation="cpp"))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(other, one, strict=True))
 
 
 def triton_interpreted() -> Any:
