@@ -17,17 +17,7 @@ namespace {
 
 // Rows of the right factor that are multiplied with at a time where the result is in float: a panel of them and
 // what the left factor gives to a tile fit the second-level cache.
-constexpr int64_t kFloatDepth = 256, kPairDepth = 1024;
-
-// Uninitialised memory for so many bfloat16.
-class PanelBuffer {
- public:
-  explicit PanelBuffer(int64_t count) : buffer_((count + 1) / 2) {}
-  BFloat16* data() const { return reinterpret_cast<BFloat16*>(buffer_.data()); }
-
- private:
-  Buffer buffer_;
-};
+constexpr int64_t kFloatDepth = 256, kPairDepth = 1536;
 
 // Factors in float.
 template <class T>
@@ -145,11 +135,11 @@ void weight_gradient(const float* grad, const float* x, int64_t rows, int64_t ou
 
 void weight_gradient(
     const BFloat16* grad, const BFloat16* x, int64_t rows, int64_t out, int64_t in, float* to) {
-  const int64_t depth = std::min(rows, kPairDepth), size = panel_size(depth);
-  const int64_t left_panels = ceil_div(out, kPanelColumns);
+  const Pieces pieces(rows, kPairDepth, 2);
+  const int64_t size = panel_size(pieces.size), left_panels = ceil_div(out, kPanelColumns);
   const PanelBuffer left(left_panels * size);
-  for (int64_t start = 0; start < rows; start += depth) {
-    const int64_t some = std::min(depth, rows - start);
+  for (int64_t start = 0; start < rows; start += pieces.size) {
+    const int64_t some = pieces.length(start);
     // the left factor's pairs are along its columns too: its panels are packed as the right one's
     parallel(left_panels, 1, [&](int64_t index) {
       const int64_t first = index * kPanelColumns, width = std::min(kPanelColumns, out - first);

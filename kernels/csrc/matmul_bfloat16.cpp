@@ -136,6 +136,14 @@ DOT void pack_columns(const T* from, int64_t stride, int64_t columns, int64_t de
   }
 }
 
+DOT void round_row(const float* from, int64_t count, BFloat16* to) {
+  for (int64_t first = 0; first < count; first += 2 * kLanes) {
+    const int64_t rest = count - first;
+    const __m512i x = load_halves(from + first, rest);
+    _mm512_mask_storeu_epi16(to + first, first_halves(rest + rest % 2), x);
+  }
+}
+
 template <class T>
 DOT void multiply_panel(
     Pairs a, const BFloat16* panel, int64_t rows, int64_t columns, int64_t depth, const float* bias, bool add,
