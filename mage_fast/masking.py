@@ -88,14 +88,17 @@ def draw_plan(
     if config.encoder_tokens == "paper":
         dropped_B = masked_B.minimum(token_counts(torch.tensor([config.drop_ratio]).double(), length))
     kept_B = length + 1 - dropped_B
+    total_masked = int(masked_B.sum())
+    total_visible = (length + 1) * len(masked_B) - total_masked
     device = rng_state.device
     return mask_plan(
         rng_state,
         masked_B.to(device, non_blocking=True),
         dropped_B.to(device, non_blocking=True),
         length,
-        total_masked=int(masked_B.sum()),
+        total_masked=total_masked,
         total_kept=int(kept_B.sum()),
+        total_visible=total_visible if config.encoder_tokens == "paper" else None,
         max_seqlen=int(kept_B.max()) if len(kept_B) else 0,
         stream=rng.stream(rng.Stream.MASK_PLAN),
     )
