@@ -89,8 +89,11 @@ def words(state: Tensor, stream: int, rows: int | Tensor, columns: int) -> Tenso
     """Uniform 32-bit words as int64 in [0, 2**32), ``[rows, columns]``, of the first rows, or of those whose
     numbers an int64 tensor holds (it is not read on the host).
     """
-    draw = philox if isinstance(rows, int) else philox_rows
-    blocks = draw(state, stream, rows, -(-columns // 4))  # type: ignore[operator]
+    low = -(-columns // 4)
+    if isinstance(rows, int):
+        blocks = philox(state, stream, rows, low)
+    else:
+        blocks = philox_rows(state, stream, rows, low)
     return blocks.flatten(1)[:, :columns].to(torch.int64) & 0xFFFFFFFF
 
 

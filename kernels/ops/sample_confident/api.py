@@ -93,11 +93,8 @@ def sample_confident(
         samples_B = torch.arange(batch, device=logits_NC.device)
     check.shape("sample_confident", "samples", samples_B, (batch,))
     check.dtype("sample_confident", "samples", samples_B, (torch.int64,))
-    check.same_device(
-        *("sample_confident", logits_NC),
-        **{"ids": ids_BL, "num_masked": num_masked_B, "rows": rows_BL, "samples": samples_B},
-        rng_state=rng_state,
-    )
+    others = {"ids": ids_BL, "num_masked": num_masked_B, "rows": rows_BL, "samples": samples_B}
+    check.same_device("sample_confident", logits_NC, rng_state=rng_state, **others)
     if guidance_logits_NC is not None:
         check.shape("sample_confident", "guidance_logits", guidance_logits_NC, tuple(logits_NC.shape))
     if not temperature > 0:

@@ -145,7 +145,7 @@ def _remask(
 
 def _strides(logits_NC: Tensor) -> tuple[int, int]:
     """From sample to sample and from row to row; packed rows belong to no sample."""
-    return (0, logits_NC.stride(0)) if logits_NC.dim() == 2 else logits_NC.stride()[:2]
+    return (0 if logits_NC.dim() == 2 else logits_NC.stride(0)), logits_NC.stride(-2)
 
 
 def sample_confident(
