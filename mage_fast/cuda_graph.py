@@ -34,6 +34,11 @@ class CUDAGraph:
                 self._output = function(*self._inputs)
             torch.clear_autocast_cache()
 
+    @staticmethod
+    def runs_on(device: torch.device) -> bool:
+        """Whether the device has such graphs."""
+        return device.type == "cuda"
+
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:
         """What the function gives for these inputs, in memory of its own."""
         for mine, given in zip(self._inputs, inputs, strict=True):

@@ -149,6 +149,8 @@ class Decoding:
                 f"Decoding: approximation is {self.config.approximation!r}, wanted 'none': this model's "
                 f"encoder sees {model.config.encoder_tokens} tokens only"
             )
+        drop_ratio = torch.tensor([model.config.drop_ratio], dtype=torch.float64)
+        self._most_dropped = int(token_counts(drop_ratio, model.config.num_tokens))
         self._graph: CUDAGraph | None = None
         self._graph_key: tuple | None = None
         self._last_key: tuple | None = None
@@ -166,16 +168,16 @@ class Decoding:
         """Decode one batch; arguments and errors are those of :func:`mage_fast.generate_ids`."""
         kind, inputs = self._prepare(batch, ids_BL, labels_B, seed, first_sample)
         with _eval_mode(self.model):
-            if inputs.ids_BL.device.type != "cuda":
+            if not CUDAGraph.runs_on(inputs.ids_BL.device):
                 return self._last(kind, inputs)
             key = (kind, *self._surroundings())
-            if key != self._graph_key:
+            if self._graph is None or key != self._graph_key:
                 if key != self._last_key:
                     self._last_key = key
                     return self._last(kind, inputs)
+                self._graph = None  # its memory is free before the next one takes some
                 self._graph = CUDAGraph(lambda *x: self._last(kind, _Inputs(*x)), inputs)
                 self._graph_key = key
-            assert self._graph is not None
             return self._graph.replay(inputs)
 
     @torch.no_grad()
@@ -207,6 +209,8 @@ class Decoding:
     ) -> tuple[_Kind, _Inputs]:
         """Check the arguments, and read from the device what the host must know: all waiting is here."""
         config, device = self.model.config, self.model.head.bias.device
+        if first_sample < 0:
+            raise ValueError(f"generate: first_sample is {first_sample}, wanted 0 or more")
         if ids_BL is None:
             if batch is None or batch < 1:
                 raise ValueError(f"generate: number of images is {batch}, wanted at least 1")
@@ -316,7 +320,7 @@ class Decoding:
             return is_masked_BL, num_masked
         if self.config.approximation != "drop_masked":
             return None, None
-        most = int(token_counts(torch.tensor([config.drop_ratio]).double(), config.num_tokens))
+        most = self._most_dropped
         num_dropped = tuple(min(count, most) for count in num_masked)
         if num_dropped == num_masked:
             return is_masked_BL, num_masked
