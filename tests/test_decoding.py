@@ -27,10 +27,10 @@ few = settings(max_examples=12, deadline=None, derandomize=True)
 def build(dtype: torch.dtype = torch.float64, **changes: Any) -> MAGE:
     """In float64, so that which rows are computed together cannot change a sampled id through rounding."""
     torch.manual_seed(0)
-    model = MAGE(tiny(**changes)).to(dtype).eval()
+    model = MAGE(tiny(**changes)).eval()
     nn.init.normal_(model.embedding.word_embeddings.weight, std=0.5)
     nn.init.normal_(model.head.bias, std=0.3)
-    return model
+    return model.to(dtype)
 
 
 def partly_known(model: MAGE, unknown: Sequence[int], seed: int = 7) -> Tensor:

@@ -17,9 +17,9 @@ from tests.models import tiny
 
 def build(dtype: torch.dtype = torch.float64, encoder_tokens: str = "paper") -> MAGE:
     torch.manual_seed(0)
-    model = MAGE(tiny(encoder_tokens=encoder_tokens)).to(dtype).eval()
+    model = MAGE(tiny(encoder_tokens=encoder_tokens)).eval()
     nn.init.normal_(model.embedding.word_embeddings.weight, std=0.5)
-    return model
+    return model.to(dtype)
 
 
 class Recorder:
