@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mage_fast import ops
     from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.decoding import Decoding, SamplerConfig
     from mage_fast.errors import CheckpointError, InputError
     from mage_fast.kernels.check import device_values
     from mage_fast.kernels.dispatch import Unsupported, use_implementation
     from mage_fast.model import MAGE, MAGEOutput
-    from mage_fast.sampler import SamplerConfig, generate, generate_ids
+    from mage_fast.sampler import generate, generate_ids
     from mage_fast.tokenizer import VQGAN, Tokenizer
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "MAGE",
     "VQGAN",
     "CheckpointError",
+    "Decoding",
     "InputError",
     "MAGEConfig",
     "MAGEOutput",
@@ -47,8 +49,9 @@ _HOME = {
     "MAGEConfig": "config",
     "MAGEOutput": "model",
     "CheckpointError": "errors",
+    "Decoding": "decoding",
     "InputError": "errors",
-    "SamplerConfig": "sampler",
+    "SamplerConfig": "decoding",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "config",
     "Unsupported": "kernels.dispatch",

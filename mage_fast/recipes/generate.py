@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mage_fast.decoding import Decoding, SamplerConfig
 from mage_fast.errors import InputError
 from mage_fast.files import write_json
 from mage_fast.recipes.loading import Precision, load_model, precision_context
 from mage_fast.recipes.pictures import write_grid
-from mage_fast.sampler import SamplerConfig, generate_ids
 from mage_fast.training.images import read_rgb
 from mage_fast.training.logs import progress
 from mage_fast.training.metrics import save_png
@@ -65,14 +65,13 @@ def run(config: GenerateConfig) -> dict[str, object]:
     paths = [config.out / f"{index:06d}.png" for index in range(config.count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     starts = sorted({index // config.batch_size * config.batch_size for index in missing})
+    decode = Decoding(model, config.sampler)
     for first in progress(starts, "generate"):
         part = slice(first, min(first + config.batch_size, config.count))
         with torch.no_grad(), precision_context(config.precision, device):
-            ids = generate_ids(
-                model,
+            ids = decode(
                 part.stop - part.start,
                 labels_B=None if labels is None else labels[part],
-                config=config.sampler,
                 seed=config.seed,
                 first_sample=first,
             )
