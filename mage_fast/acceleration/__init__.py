@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from mage_fast.acceleration import search
 from mage_fast.acceleration.published import AcceleratedOutput, FastMAGE, has_published_layout, whole_model
 from mage_fast.acceleration.replacement import Replacement, replacement_of
+from mage_fast.acceleration.search import WANTED, Search, kind_of
 from mage_fast.model import MAGE
 from mage_fast.sampler import generate
 from mage_fast.tokenizer import Tokenizer
@@ -51,11 +51,11 @@ class Accelerated:
         for replacement in self._replacements.values():
             replacement.remove()
 
-    def _whole(self, wanted: str) -> FastMAGE:
+    def _step(self) -> FastMAGE:
         whole = self._replacements.get("")
         if not isinstance(whole, FastMAGE):
             reason = self.skipped.get("", "it has not the published MAGE layout")
-            raise ValueError(f"accelerate: no {wanted} of {type(self.model).__name__}: {reason}")
+            raise ValueError(f"accelerate: {type(self.model).__name__} has no step of ours: {reason}")
         return whole
 
     @property
@@ -67,7 +67,7 @@ class Accelerated:
         Raises:
             ValueError: the model has not the published layout, or was changed since.
         """
-        return self._whole("mage").mage()
+        return self._step().mage()
 
     def features(self, images_or_ids: Tensor, *, block: int | None = None, pool: bool = True) -> Tensor:
         """Encoder features with nothing masked, see :meth:`mage_fast.MAGE.features`.
@@ -75,7 +75,7 @@ class Accelerated:
         Raises:
             ValueError: as :attr:`mage`, or images or ids that do not fit.
         """
-        return self._whole("features").features(images_or_ids, block=block, pool=pool)
+        return self._step().features(images_or_ids, block=block, pool=pool)
 
     def generate(self, num_images: int, **options: Any) -> Tensor:
         """Images by iterative decoding, see :func:`mage_fast.generate`.
@@ -143,11 +143,12 @@ def accelerate(
         raise ValueError(
             f"accelerate: {type(model).__name__} is accelerated already ({already[0]}); undo that first"
         )
+    search = Search()
     replacements: dict[str, Replacement] = {}
     skipped: dict[str, str] = {}
     assumed: dict[str, str] = {}
     for name, module in model.named_modules():
-        kind = search.kind_of(module)
+        kind = kind_of(module)
         if kind is None or any(name.startswith(f"{done}.") for done in replacements):
             continue
         found = search.replacement_for(module, kind)
@@ -167,10 +168,12 @@ def accelerate(
             skipped[""] = whole
         else:
             replacements[""], assumed = whole
+    elif is_mage:
+        skipped[""] = "step=False was given"
     if not replacements:
         reasons = "".join(f"; {name or 'the model'}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            f"accelerate: nothing to replace in {type(model).__name__}; looked for {search.WANTED}; and the "
+            f"accelerate: nothing to replace in {type(model).__name__}; looked for {WANTED}; and the "
             f"published MAGE layout{reasons}"
         )
     return Accelerated(model, replacements, skipped, assumed)
