@@ -28,6 +28,7 @@ OPS = (
     "embed_kept",
     "add_norm",
     "attention",
+    "linear",
     "bias_gelu",
     "pad_decoder",
     "masked_cross_entropy",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from mage_fast.embedding import NORM_EPS
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.add_norm.api import add_norm
 from mage_fast.kernels.ops.bias_gelu.api import bias_gelu
+from mage_fast.linear import Linear
 
 
 class Mlp(nn.Module):
@@ -26,12 +26,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.stream = rng.stream(rng.Stream.MLP_DROPOUT, layer)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_TD: Float[Tensor, "T D"], rng_state: Tensor | None) -> Float[Tensor, "T D"]:
         """Row-wise."""
-        hidden_TF = F.linear(x_TD, self.fc1.weight)
+        hidden_TF = self.fc1.product(x_TD)
         dropout = self.dropout if self.training else 0.0
         return self.fc2(
             bias_gelu(hidden_TF, self.fc1.bias, dropout=dropout, rng_state=rng_state, stream=self.stream)

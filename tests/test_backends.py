@@ -37,7 +37,9 @@ def test_a_training_step_has_the_same_masks_dropout_loss_and_gradients(
     ids = torch.randint(32, (3, 16), device=BACKENDS[backend])
     found = {}
     for implementation in ("reference", backend):
-        with dispatch.use_implementation(implementation):
+        with dispatch.use_implementation(
+            implementation, linear="auto"
+        ):  # which has no kernel but the C++ one
             output = model(ids, mask_ratios_B=torch.tensor([0.5, 0.75, 1.0]), rng_state=rng.new_state(7))
             model.zero_grad()
             output.loss.backward()
@@ -57,6 +59,8 @@ def test_generation_gives_the_same_ids(backend: str) -> None:
     model = _model(backend).eval()
     found = []
     for implementation in ("reference", backend):
-        with dispatch.use_implementation(implementation):
+        with dispatch.use_implementation(
+            implementation, linear="auto"
+        ):  # which has no kernel but the C++ one
             found.append(generate_ids(model, 2, config=SamplerConfig(steps=3), seed=3))
     assert torch.equal(*found)
