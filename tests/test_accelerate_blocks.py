@@ -172,6 +172,9 @@ def test_calls_that_we_do_not_compute_go_to_the_own_forward() -> None:
     for options in ({"attn_mask": mask}, {"is_causal": True}, {"attn_mask": None, "is_causal": False}):
         assert_near(fast(x, **options), plain(x, **options))
     assert fast(x[:0]).shape == (0, 6, 16)
+    assert_near(fast(x=x), plain(x))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        fast()
 
 
 def test_nothing_to_replace_says_what_was_looked_for() -> None:

@@ -330,3 +330,35 @@ def test_autocast_bfloat16() -> None:
         if grad is not None and not name.endswith("qkv.bias"):
             assert x.grad.dtype == torch.float32
             assert torch.cosine_similarity(x.grad.flatten(), grad.flatten(), 0) > 0.98, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_it_equals_the_cpu_and_waits_for_nothing() -> None:
+    sizes = {"encoder_width": 64, "encoder_heads": 1, "decoder_width": 96, "decoder_heads": 2}
+    plain = mage(**sizes).double()
+    ids, masks = given(plain)
+    wanted = plain(ids, **masks).loss
+    wanted.backward()
+    model = mage(**sizes)
+    handle = accelerate(model)
+    model.cuda()
+    masks = {name: mask.cuda() for name, mask in masks.items()}
+    loss = model(ids.cuda(), **masks).loss
+    loss.backward()
+    assert_near(loss.cpu().double(), wanted, 1e-4)
+    grad = plain.get_parameter("blocks.0.attn.qkv.weight").grad
+    assert_near(model.get_parameter("blocks.0.attn.qkv.weight").grad.cpu().double(), grad, 1e-2)
+    assert_near(handle.features(ids.cuda()).cpu().double(), plain.features(ids), 1e-3)
+    assert_near(model.features(ids.cuda()).cpu().double(), plain.features(ids), 1e-3)
+
+    for dropout in (part for part in model.modules() if isinstance(part, nn.Dropout)):
+        dropout.p = 0.1
+    images = torch.rand(2, 5, 64, device="cuda", requires_grad=True)
+    ids = ids.cuda()
+    for _ in range(2):  # the first compiles
+        with torch.autocast("cuda", torch.bfloat16):
+            model(ids).loss.backward()
+            model.blocks[0](images).sum().backward()
+        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mage_fast import checkpoint
-from mage_fast.acceleration.replacement import Replacement, active_dropout, dropout_state
+from mage_fast.acceleration.replacement import Replacement, active_dropout
 from mage_fast.acceleration.transformer import FastBlock, bind_dropouts, dropout_of, output_dropout
 from mage_fast.config import MAGEConfig
 from mage_fast.errors import CheckpointError
-from mage_fast.kernels import check
+from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
 from mage_fast.kernels.ops.mask_plan.reference import plan_tensors
 from mage_fast.model import MAGE
@@ -132,8 +132,8 @@ class FastMAGE(Replacement):
                 )
         return super().changed()
 
-    def bind(self) -> Tensor | None:
-        """Take over the user's tensors and dropouts as they are now; a random state if anything drops."""
+    def bind(self) -> bool:
+        """Take over the user's tensors and dropouts as they are now; whether anything drops."""
         for ours, our_name, theirs, their_name in self.pairs:
             tensor = getattr(theirs, their_name)
             if ours._parameters[our_name] is not tensor:
@@ -146,7 +146,7 @@ class FastMAGE(Replacement):
         for block, theirs in self.blocks:
             bind_dropouts(block, theirs)
             probabilities += [block.dropout, block.attention.dropout, block.mlp.dropout]
-        return dropout_state(probabilities, self.ours.head.bias.device)
+        return any(probabilities)
 
     def mage(self) -> MAGE:
         """Our model with the user's parameters and dropouts as they are now.
@@ -197,7 +197,8 @@ class FastMAGE(Replacement):
 
     def features(self, images_or_ids: Tensor, *, block: int | None, pool: bool) -> Tensor:
         """See :meth:`mage_fast.MAGE.features`."""
-        return self.mage().features(images_or_ids, block=block, pool=pool, rng_state=self.bind())
+        rng_state = rng.new_state() if self.bind() else None
+        return self.mage().features(images_or_ids, block=block, pool=pool, rng_state=rng_state)
 
 
 def _plan_of(mask_BL: Tensor, drop_mask_BL: Tensor | None) -> MaskPlan:

@@ -19,7 +19,7 @@ def the_input(args: tuple, kwargs: dict[str, Any], dims: tuple[int, ...]) -> Ten
     """The only input of a call, floating and of one of these numbers of dimensions; None for other calls
     (attention masks and the like, which the module's own forward understands).
     """
-    x, *others = (*args, *kwargs.values())
+    x, *others = (*args, *kwargs.values(), None)
     if not isinstance(x, Tensor) or any(other is not None and other is not False for other in others):
         return None
     return x if x.dim() in dims and x.is_floating_point() and x.numel() else None
