@@ -240,7 +240,7 @@ def test_dropout_keeps_its_law(layer_scale: bool, alone: str) -> None:
         if isinstance(part, nn.Dropout) and alone not in ("", name.rpartition(".")[2]):
             part.p = 0.0
     fast = copy.deepcopy(plain)
-    accelerate(fast)
+    assert list(accelerate(fast).replaced) == (["attn", "mlp"] if layer_scale else [""])
     x_SD = rows(4, 16)
     (mean, var, fourth), (mean_0, var_0, fourth_0) = (
         moments(block, x_SD, copies, seed) for block, seed in ((fast, 0), (plain, 1))
