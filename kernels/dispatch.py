@@ -104,6 +104,11 @@ def requested(op: str, implementation: str) -> str:
     return implementation if implementation != "auto" else _forced.get(op, "auto")
 
 
+def forced() -> tuple[tuple[str, str], ...]:
+    """What :func:`use_implementation` has set here, ``(op, implementation)`` each."""
+    return tuple(sorted(_forced.items()))
+
+
 @contextmanager
 def use_implementation(implementation: str | None = None, **by_op: str) -> Iterator[None]:
     """Force an implementation inside a ``with`` block, for every op or by op name, process-wide.

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from mage_fast import ops
     from mage_fast.acceleration import Accelerated, AcceleratedOutput, accelerate
     from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.decoding import Decoding, SamplerConfig
     from mage_fast.errors import CheckpointError, InputError
     from mage_fast.kernels.check import device_values
     from mage_fast.kernels.dispatch import Unsupported, use_implementation
     from mage_fast.model import MAGE, MAGEOutput
-    from mage_fast.sampler import SamplerConfig, generate, generate_ids
+    from mage_fast.sampler import generate, generate_ids
     from mage_fast.tokenizer import VQGAN, Tokenizer
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Accelerated",
     "AcceleratedOutput",
     "CheckpointError",
+    "Decoding",
     "InputError",
     "MAGEConfig",
     "MAGEOutput",
@@ -53,8 +55,9 @@ _HOME = {
     "Accelerated": "acceleration",
     "AcceleratedOutput": "acceleration",
     "CheckpointError": "errors",
+    "Decoding": "decoding",
     "InputError": "errors",
-    "SamplerConfig": "sampler",
+    "SamplerConfig": "decoding",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "config",
     "Unsupported": "kernels.dispatch",

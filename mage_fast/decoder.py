@@ -34,16 +34,16 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        encoded_TD: Float[Tensor, "T D"],
+        encoded_VD: Float[Tensor, "V D"],
         plan: MaskPlan,
         rng_state: Tensor | None,
         rows_N: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N D"]:
         """Normalised output at every position of every image, ``[B * S, D]``, or at ``rows_N`` only."""
         x_BSD = pad_decoder(
-            self.embed(encoded_TD),
+            self.embed(encoded_VD),
             plan.source_BS,
-            plan.cu_seqlens,
+            plan.visible_cu_seqlens,
             self.position_embeddings[0],
             mask_token_D=None if self.mask_token is None else self.mask_token.flatten(),
         )

@@ -17,17 +17,7 @@ namespace {
 
 // Rows of the right factor that are multiplied with at a time where the result is in float: a panel of them and
 // what the left factor gives to a tile fit the second-level cache.
-constexpr int64_t kFloatDepth = 256, kPairDepth = 1024;
-
-// Uninitialised memory for so many bfloat16.
-class PanelBuffer {
- public:
-  explicit PanelBuffer(int64_t count) : buffer_((count + 1) / 2) {}
-  BFloat16* data() const { return reinterpret_cast<BFloat16*>(buffer_.data()); }
-
- private:
-  Buffer buffer_;
-};
+constexpr int64_t kFloatDepth = 256, kPairDepth = 1536;
 
 // Factors in float.
 template <class T>
@@ -143,26 +133,56 @@ void weight_gradient(const float* grad, const float* x, int64_t rows, int64_t ou
   });
 }
 
+// c = block^T or, to add, c + block^T, for a block of so many rows and columns.
+void store_transposed(const float* block, int64_t rows, int64_t columns, bool add, float* c, int64_t stride) {
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      Floats x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = load(block + (row + i) * kPanelColumns + column);
+      transpose(x);
+      const int64_t count = std::min<int64_t>(kLanes, rows - row);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, columns - column); ++i) {
+        float* to = c + (column + i) * stride + row;
+        store(to, add ? load(to, count) + x[i] : x[i], count);
+      }
+    }
+  }
+}
+
+// The smaller of grad and x is the left factor, whose panels every thread reads: where that is x, the product is
+// the gradient transposed.
 void weight_gradient(
     const BFloat16* grad, const BFloat16* x, int64_t rows, int64_t out, int64_t in, float* to) {
-  const int64_t depth = std::min(rows, kPairDepth), size = panel_size(depth);
-  const int64_t left_panels = ceil_div(out, kPanelColumns);
-  const PanelBuffer left(left_panels * size);
-  for (int64_t start = 0; start < rows; start += depth) {
-    const int64_t some = std::min(depth, rows - start);
+  const bool transposed = in < out;
+  const BFloat16 *left = transposed ? x : grad, *right = transposed ? grad : x;
+  const int64_t left_columns = std::min(in, out), right_columns = std::max(in, out);
+  const Pieces pieces(rows, kPairDepth, 2);
+  const int64_t size = panel_size(pieces.size), left_panels = ceil_div(left_columns, kPanelColumns);
+  const PanelBuffer left_buffer(left_panels * size);
+  for (int64_t start = 0; start < rows; start += pieces.size) {
+    const int64_t some = pieces.length(start);
     // the left factor's pairs are along its columns too: its panels are packed as the right one's
     parallel(left_panels, 1, [&](int64_t index) {
-      const int64_t first = index * kPanelColumns, width = std::min(kPanelColumns, out - first);
-      pack_rows(grad + start * out + first, out, width, some, left.data() + index * size);
+      const int64_t first = index * kPanelColumns, width = std::min(kPanelColumns, left_columns - first);
+      pack_rows(left + start * left_columns + first, left_columns, width, some, left_buffer.data() + index * size);
     });
-    parallel(ceil_div(in, kPanelColumns), 1, [&](int64_t index) {
-      const int64_t first = index * kPanelColumns, width = std::min(kPanelColumns, in - first);
+    parallel(ceil_div(right_columns, kPanelColumns), 1, [&](int64_t index) {
+      const int64_t first = index * kPanelColumns, width = std::min(kPanelColumns, right_columns - first);
       const PanelBuffer panel(size);
-      pack_rows(x + start * in + first, in, width, some, panel.data());
-      for (int64_t row = 0; row < out; row += kPanelColumns) {
-        multiply_panel<float>(
-            {left.data() + row / kPanelColumns * size, 2, 2 * kPanelColumns}, panel.data(),
-            std::min(kPanelColumns, out - row), width, some, nullptr, start > 0, to + row * in + first, in);
+      pack_rows(right + start * right_columns + first, right_columns, width, some, panel.data());
+      for (int64_t row = 0; row < left_columns; row += kPanelColumns) {
+        const Pairs pairs{left_buffer.data() + row / kPanelColumns * size, 2, 2 * kPanelColumns};
+        const int64_t tall = std::min(kPanelColumns, left_columns - row);
+        const auto multiply = [&](bool add, float* c, int64_t stride) {
+          multiply_panel<float>(pairs, panel.data(), tall, width, some, nullptr, add, c, stride);
+        };
+        if (transposed) {
+          alignas(64) float block[kPanelColumns * kPanelColumns];
+          multiply(false, block, kPanelColumns);
+          store_transposed(block, tall, width, start > 0, to + first * in + row, in);
+        } else {
+          multiply(start > 0, to + row * in + first, in);
+        }
       }
     });
   }

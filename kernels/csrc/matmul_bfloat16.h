@@ -6,6 +6,8 @@
 // last one where the depth is odd, are zeros.
 #pragma once
 
+#include <memory>
+
 #include "simd.h"
 
 #if defined(__AVX512F__)
@@ -17,6 +19,16 @@ constexpr int64_t kPanelColumns = 64;
 // Whether the processor has the dot product; nothing below may be called where it has not.
 bool has_bfloat16_dot();
 
+// Uninitialised memory for so many numbers.
+class PanelBuffer {
+ public:
+  explicit PanelBuffer(int64_t count) : vectors_(std::make_unique_for_overwrite<Floats[]>(count / (2 * kLanes) + 1)) {}
+  BFloat16* data() const { return reinterpret_cast<BFloat16*>(vectors_.get()); }
+
+ private:
+  std::unique_ptr<Floats[]> vectors_;
+};
+
 inline int64_t pairs_of(int64_t depth) { return (depth + 1) / 2; }
 inline int64_t panel_size(int64_t depth) { return pairs_of(depth) * 2 * kPanelColumns; }
 
@@ -27,6 +39,9 @@ void pack_rows(const T* from, int64_t stride, int64_t columns, int64_t depth, BF
 // The same where the columns are rows of a tensor.
 template <class T>
 void pack_columns(const T* from, int64_t stride, int64_t columns, int64_t depth, BFloat16* panel);
+
+// A row of a left factor, rounded; a partner of the last element where their number is odd.
+void round_row(const float* from, int64_t count, BFloat16* to);
 
 // A left factor: element (row, 2 p) at data[row * row_stride + p * pair_stride], its partner behind it.
 struct Pairs {
