@@ -24,7 +24,9 @@ from mage_fast.kernels import rng
 from mage_fast.kernels.roofline import Device, Work
 from mage_fast.masking import draw_plan
 from mage_fast.model import MAGE
-from mage_fast.training.optim import adamw_parameter_groups, build_adamw, clip_gradients
+from mage_fast.training.optim import adamw_parameter_groups, build_adamw
+from mage_fast.training.precision import Precision
+from mage_fast.training.step import TrainStep
 
 OURS = "mage_fast"
 #: Images a step, by device type.
@@ -128,18 +130,9 @@ def _record(
 
 def our_step(model: MAGE, ids_BL: Tensor, dtype: torch.dtype) -> Run:
     """Our step; in bfloat16 under autocast, parameters and optimizer in float32."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_adamw(model, _LR)
-
-    def run() -> None:
-        with _autocast(ids_BL.device, dtype):
-            loss = model(ids_BL).loss
-        loss.backward()
-        clip_gradients(parameters, _MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    precision: Precision = "fp32" if dtype is torch.float32 else "bf16"
+    step = TrainStep(model, build_adamw(model, _LR), clip_norm=_MAX_NORM, precision=precision)
+    return lambda: step(ids_BL)
 
 
 def _reference_step(model: reference.MAGE, ids_BL: Tensor) -> Run:
