@@ -11,6 +11,7 @@ from mage_fast.config import MAGEConfig
 from mage_fast.embedding import NORM_EPS
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
 from mage_fast.kernels.ops.pad_decoder.api import pad_decoder
+from mage_fast.linear import Linear
 
 
 class Decoder(nn.Module):
@@ -19,7 +20,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MAGEConfig) -> None:
         super().__init__()
         width = config.decoder_width
-        self.embed = nn.Linear(config.encoder_width, width)
+        self.embed = Linear(config.encoder_width, width)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_tokens + 1, width))
         if config.padding == "mask_token":
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))

@@ -251,7 +251,8 @@ def test_step_and_seed_change_the_plan_and_nothing_else_does() -> None:
 @pytest.mark.parametrize("drop_masked", [False, True])
 def test_plan_of_a_given_mask(drop_masked: bool) -> None:
     mask = torch.tensor([[True, False, True], [False, False, False]])
-    plan = plan_of_mask(mask, mask.sum(1), drop_masked=drop_masked)
+    dropped = (mask, mask.sum(1).tolist()) if drop_masked else (None, None)
+    plan = plan_of_mask(mask, mask.sum(1).tolist(), *dropped)
     assert plan.cu_seqlens.tolist() == ([0, 2, 6] if drop_masked else [0, 4, 8])
     assert plan.positions_T.tolist() == ([0, 2, 4, 5, 6, 7] if drop_masked else list(range(8)))
     assert plan.source_BS.tolist() == [[0, -1, 1, -1], [2, 3, 4, 5]]

@@ -80,7 +80,7 @@ def samples(device: str, state: Tensor) -> list[Tensor]:
     return list(
         ops.sample_confident(
             logits, ids, masked, mask_token_id=40, choice_temperature=4.5, rng_state=state, stream=2,
-            first_sample=5,
+            samples_B=torch.tensor([5, 2**31, 0], device=device),
         )
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ rows, V visible rows (those of class tokens and unmasked tokens), N masked token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,27 +138,38 @@ def _plan(tensors: tuple[Tensor, ...], all_visible: bool, max_seqlen: int) -> Ma
 
 
 def plan_of_mask(
-    is_masked_BL: Bool[Tensor, "B L"], num_masked_B: Int[Tensor, "B"], *, drop_masked: bool
+    is_masked_BL: Bool[Tensor, "B L"],
+    num_masked: Sequence[int],
+    is_dropped_BL: Bool[Tensor, "B L"] | None = None,
+    num_dropped: Sequence[int] | None = None,
 ) -> MaskPlan:
-    """The plan of a given mask (decoding, probing): nothing dropped, or every masked token.
+    """The plan of given masks (decoding, probing); nothing waits for the device.
 
     Args:
         is_masked_BL: bool mask on any device.
-        num_masked_B: its row sums, on the CPU.
-        drop_masked: whether the encoder sees masked tokens as [M] or not at all.
+        num_masked: its row sums.
+        is_dropped_BL: masked tokens that the encoder does not see at all, not even as [M]; none by default.
+        num_dropped: its row sums.
 
     Raises:
-        ValueError: a mask that is not bool ``[B, L]``.
+        ValueError: masks that are not bool ``[B, L]``, or another number of counts than samples.
     """
     check.shape("plan_of_mask", "is_masked", is_masked_BL, (None, None))
     check.dtype("plan_of_mask", "is_masked", is_masked_BL, (torch.bool,))
     batch, length = is_masked_BL.shape
-    is_dropped_BL = is_masked_BL if drop_masked else torch.zeros_like(is_masked_BL)
-    kept_B = length + 1 - num_masked_B * int(drop_masked)
-    total_masked = int(num_masked_B.sum())
-    total_visible = 0 if drop_masked else batch * (length + 1) - total_masked
-    tensors = plan_tensors(is_masked_BL, is_dropped_BL, total_masked, int(kept_B.sum()), total_visible)
-    return _plan(tensors, drop_masked, int(kept_B.max()) if batch else 0)
+    if is_dropped_BL is None:
+        is_dropped_BL, num_dropped = torch.zeros_like(is_masked_BL), [0] * batch
+    check.shape("plan_of_mask", "is_dropped", is_dropped_BL, (batch, length))
+    check.dtype("plan_of_mask", "is_dropped", is_dropped_BL, (torch.bool,))
+    if num_dropped is None or not len(num_masked) == len(num_dropped) == batch:
+        raise ValueError(
+            f"plan_of_mask: num_masked is {num_masked} and num_dropped {num_dropped}, wanted {batch} counts"
+        )
+    kept = [length + 1 - count for count in num_dropped]
+    total_masked, all_visible = sum(num_masked), list(num_dropped) == list(num_masked)
+    total_visible = 0 if all_visible else batch * (length + 1) - total_masked
+    tensors = plan_tensors(is_masked_BL, is_dropped_BL, total_masked, sum(kept), total_visible)
+    return _plan(tensors, all_visible, max(kept, default=0))
 
 
 def _fake(
