@@ -101,6 +101,11 @@ DEVICES = {
 }
 
 
+def data_sheet(name: str) -> Device | None:
+    """The data sheet of a device's name as CUDA gives it, "NVIDIA H100 80GB HBM3"; None for others."""
+    return next((sheet for key, sheet in DEVICES.items() if key in name.lower()), None)
+
+
 def statistic_bytes(dtype: torch.dtype) -> int:
     """Size of a mean, a logsumexp and the like: float32, float64 for float64."""
     return max(4, dtype.itemsize)

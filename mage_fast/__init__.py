@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mage_fast import ops
+    from mage_fast.acceleration import Accelerated, AcceleratedOutput, accelerate
     from mage_fast.config import MAGEConfig, TokenizerConfig
     from mage_fast.decoding import Decoding, SamplerConfig
     from mage_fast.errors import CheckpointError, InputError
@@ -27,6 +28,8 @@ __version__ = "0.1.0"
 __all__ = [
     "MAGE",
     "VQGAN",
+    "Accelerated",
+    "AcceleratedOutput",
     "CheckpointError",
     "Decoding",
     "InputError",
@@ -37,6 +40,7 @@ __all__ = [
     "TokenizerConfig",
     "Unsupported",
     "__version__",
+    "accelerate",
     "device_values",
     "generate",
     "generate_ids",
@@ -48,6 +52,8 @@ _HOME = {
     "MAGE": "model",
     "MAGEConfig": "config",
     "MAGEOutput": "model",
+    "Accelerated": "acceleration",
+    "AcceleratedOutput": "acceleration",
     "CheckpointError": "errors",
     "Decoding": "decoding",
     "InputError": "errors",
@@ -56,6 +62,7 @@ _HOME = {
     "TokenizerConfig": "config",
     "Unsupported": "kernels.dispatch",
     "VQGAN": "tokenizer",
+    "accelerate": "acceleration",
     "device_values": "kernels.check",
     "generate": "sampler",
     "generate_ids": "sampler",

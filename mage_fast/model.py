@@ -106,7 +106,7 @@ class MAGE(nn.Module):
         check.shape("MAGE", "ids", ids_BL, (None, self.config.num_tokens))
         ids_BL = ids_BL.to(torch.int64)
         check.values("MAGE", "ids", ids_BL, 0, self.config.codebook_size)
-        return ids_BL.to(self.head.bias.device)
+        return ids_BL.to(self.head.bias.device, non_blocking=True)
 
     def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
         """Ids of the first position: ``codebook_size + label``, or the unconditional id.
@@ -121,7 +121,7 @@ class MAGE(nn.Module):
         check.integer("MAGE", "labels", labels_B)
         check.shape("MAGE", "labels", labels_B, (batch,))
         check.values("MAGE", "labels", labels_B, 0, self.config.class_slots)
-        return labels_B.to(device, torch.int64) + self.config.codebook_size
+        return labels_B.to(device, torch.int64, non_blocking=True) + self.config.codebook_size
 
     def forward(
         self,

@@ -37,7 +37,7 @@ def test_tables_records_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture)
         assert r["ratio"] == pytest.approx(r["baseline_median_ms"] / r["median_ms"])
         assert r["percent_of_floor"] > 0
     assert {path.name for path in out.parent.iterdir()} == {
-        *("records.json", "records-ratios.png", "records-roofline.png")
+        *("records.json", "records-ratios.png", "records-roofline.png", "records.html")
     }
 
 

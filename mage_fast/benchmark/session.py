@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from mage_fast.benchmark import cases, limits, measure, plots, records, tables, training
-from mage_fast.benchmark.gate import Incorrect
+from mage_fast.benchmark import cases, limits, measure, plots, records, tables, trace
+from mage_fast.benchmark.end_to_end import Item, Measured
+from mage_fast.benchmark.end_to_end import measure as measure_item
 from mage_fast.kernels.roofline import Device
 
 
@@ -65,26 +66,45 @@ class Session:
 
     def plot(self) -> list[Path]:
         """Draw what the record file holds of this device."""
-        name = records.device_name(self.device)
-        return plots.draw([r for r in records.read(self.out) if r["device"] == name], self.out)
+        return plot(self.out, self.device)
 
 
-def train(device: str, out: Path, seconds: float, console: Console, *, smoke: bool = False) -> dict[str, Any]:
-    """Measure whole training steps and print their table; returns counts and the record file.
+def plot(out: Path, device: str) -> list[Path]:
+    """Draw what the record file holds of this device."""
+    name = records.device_name(device)
+    return plots.draw([r for r in records.read(out) if r["device"] == name], out)
 
-    Each implementation is timed for ``seconds``, four steps at least.
+
+def end_to_end(
+    suite: str, items: Sequence[Item], out: Path, seconds: float, console: Console, **options: bool
+) -> dict[str, Any]:
+    """Measure whole steps and print their table; returns counts and the record file.
+
+    Each candidate is timed for ``seconds``, a few rounds at least. ``options``: ``smoke``, ``compiled`` and
+    ``profiled``, which also writes a trace of the first item beside the records.
     """
-    ceiling = _ceiling(device, out, min(seconds, 0.5), console, smoke=smoke)
-    timed, incorrect = [], 0
-    for step in track(training.steps(device, smoke=smoke), "bench", console=Console(stderr=True)):
-        try:
-            timed += training.measure(step, ceiling, seconds)
-        except Incorrect as error:
-            incorrect += 1
-            console.print(f"incorrect: {error}", markup=False)
-        records.update(out, records.complete(timed, device))
-    console.print(tables.end_to_end(timed, f"Training steps: {records.device_name(device)}"))
-    return {"timed": len(timed), "incorrect": incorrect, "out": str(out)}
+    device = items[0].device
+    ceiling = _ceiling(device, out, min(seconds, 0.5), console, smoke=options["smoke"])
+    found: list[Measured] = []
+    try:
+        for item in track(items, "bench", console=Console(stderr=True)):
+            found.append(measured := measure_item(item, ceiling, seconds, compiled=options["compiled"]))
+            records.update(out, records.complete(measured.records, device))
+    finally:  # also where it is stopped
+        taken = [record for measured in found for record in measured.records]
+        console.print(tables.end_to_end(taken, f"{suite}: {records.device_name(device)}"))
+        for measured in found:
+            for remark in measured.remarks():
+                console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    traces = []
+    if options["profiled"]:
+        traces.append(str(trace.write(items[0], out, console)))
+    return {
+        "timed": sum(record["median_ms"] is not None for record in taken),
+        "incorrect": sum(len(measured.incorrect) for measured in found),
+        "out": str(out),
+        "traces": traces,
+    }
 
 
 def _ceiling(device: str, out: Path, seconds: float, console: Console, *, smoke: bool) -> Device:
@@ -92,7 +112,7 @@ def _ceiling(device: str, out: Path, seconds: float, console: Console, *, smoke:
     records.update(out, [])  # a file that cannot be written is found now
     measured = limits.measure(device, seconds, smoke=smoke)
     records.update(out, records.complete(measured, device))
-    ceiling = limits.as_device(measured)
+    ceiling = limits.as_device(records.complete(measured, device))
     assert ceiling is not None
     console.print(tables.limits(ceiling, f"Measured limits: {records.device_name(device)}"))
     return ceiling

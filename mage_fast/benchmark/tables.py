@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mage_fast.benchmark import cases
 from mage_fast.benchmark.measure import Row
+from mage_fast.benchmark.suites import SUITES
 from mage_fast.kernels.roofline import Device
 
 
@@ -43,20 +44,52 @@ def measured(rows: Iterable[Row], title: str) -> Table:
     return table
 
 
+#: Title of a column, field of a record, form.
+_STEP_COLUMNS = (
+    ("median ms", "median_ms", ",.1f"),
+    ("img/s", "images_s", ",.2f"),
+    ("ratio", "ratio", ".2f"),
+    ("% of floor", "percent_of_floor", ".1f"),
+    ("MFU %", "mfu_percent", ".1f"),
+    ("kept MiB", "activation_mib", ",.0f"),
+    ("peak MiB", "peak_mib", ",.0f"),
+    ("rounds", "rounds", "d"),
+)
+
+
+def step_columns(records: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The columns of whole steps that some record fills."""
+    found = list(records)
+    return [column for column in _STEP_COLUMNS if any(r[column[1]] is not None for r in found)]
+
+
+def step_cells(record: dict[str, Any], columns: Iterable[tuple[str, str, str]]) -> list[str]:
+    """The numbers of one record; the baseline's ratio is said so."""
+    if record["correct"] is False:
+        return ["incorrect", *("" for _ in list(columns)[1:])]
+    is_baseline = record["implementation"] == record["baseline"]
+    return [
+        "baseline" if field == "ratio" and is_baseline else _number(record[field], form)
+        for _, field, form in columns
+    ]
+
+
 def end_to_end(records: Iterable[dict[str, Any]], title: str) -> Table:
-    """One line a record of a suite of whole steps; the baseline is among them."""
+    """One line a record of a suite of whole steps; wrong ones in red, the baseline is among them."""
+    records = list(records)
+    columns = step_columns(records)
     table = Table(title=title, title_justify="left")
     for column in ("name", "implementation", "dtype"):
         table.add_column(column)
-    for column in ("median ms", "img/s", "ratio", "% of floor", "peak MiB", "rounds"):
+    for column, _, _ in columns:
         table.add_column(column, justify="right", no_wrap=True)
+    before = ""
     for r in records:
-        images = 1e3 * r["shape"]["batch"] / r["median_ms"]
-        ratio = "baseline" if r["implementation"] == r["baseline"] else f"{r['ratio']:.2f}"
-        numbers = (f"{images:.2f}", ratio, f"{r['percent_of_floor']:.1f}", _number(r["peak_mib"], ".0f"))
-        table.add_row(
-            r["name"], r["implementation"], r["dtype"], f"{r['median_ms']:.1f}", *numbers, str(r["rounds"])
-        )
+        name = r["name"] if r["name"] != before else ""
+        table.add_section() if name and before else None
+        before = r["name"]
+        style = "red" if r["correct"] is False else None
+        table.add_row(name, r["implementation"], r["dtype"], *step_cells(r, columns), style=style)
     return table
 
 
@@ -126,8 +159,34 @@ def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-    """The timed implementations of one device's records; references are left out."""
-    compared = [r for r in records if r["implementation"] not in (r["baseline"], "reference") and r["ratio"]]
+    """The timed implementations of one device's records, whole steps first; references are left out."""
+    steps = [r for r in records if r["suite"] in SUITES and r.get("images_s")]
+    compared = [
+        r
+        for r in records
+        if r not in steps and r["implementation"] not in (r["baseline"], "reference") and r["ratio"]
+    ]
+    tables = [_markdown_steps(steps)] if steps else []
+    if compared or not steps:
+        tables.append(_markdown_kernels(compared))
+    return "\n\n".join(tables)
+
+
+def _markdown_steps(records: list[dict[str, Any]]) -> str:
+    columns = step_columns(records)
+    lines = [
+        "| "
+        + " | ".join(("suite / name", "dtype", "implementation", *(title for title, _, _ in columns)))
+        + " |",
+        "|---|---|---|" + "--:|" * len(columns),
+    ]
+    for r in records:
+        cells = (f"`{r['suite']}/{r['name']}`", r["dtype"], r["implementation"], *step_cells(r, columns))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _markdown_kernels(compared: list[dict[str, Any]]) -> str:
     lines = [
         "| op / spec / direction | dtype | implementation | ms | baseline | ratio | % of floor |",
         "|---|---|---|--:|---|--:|--:|",

@@ -3,7 +3,7 @@
 On a CPU a sample is one call by the wall clock. On CUDA a sample is the time between two events around one
 call, with the second-level cache overwritten before it; the calls of a round wait behind a sleeping kernel,
 so the host is ahead and the time is the GPU's own for plain launches. The same work replayed as a CUDA graph
-is timed alongside where that is asked for.
+is timed alongside where that is asked for. Whole steps are timed by the wall clock on every device.
 """
 
 from __future__ import annotations
@@ -63,6 +63,31 @@ def interleaved(
         for name, run in runs.items():
             samples[name].append(1e3 * _seconds(run))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def by_the_clock(
+    runs: Mapping[str, Run], device: str, seconds: float, fewest: int = FEWEST_ROUNDS
+) -> dict[str, Timing]:
+    """Time whole steps, host's share included: the wall clock until the device is done, a call a sample.
+
+    Rounds go on for about ``seconds`` a function, ``fewest`` at least. First calls, which compile, allocate
+    and capture, are the caller's.
+    """
+    on_cuda = device == "cuda"
+    peaks = {name: _peak_mib(run) if on_cuda else None for name, run in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    rounds, end = 0, time.perf_counter() + seconds * len(runs)
+    while rounds < fewest or (rounds < MOST_ROUNDS and time.perf_counter() < end):
+        for name, run in runs.items():
+            if on_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if on_cuda:
+                torch.cuda.synchronize()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+        rounds += 1
+    return {name: Timing(tuple(values), peak_mib=peaks[name]) for name, values in samples.items()}
 
 
 def _rounds(seconds: float, round_seconds: float) -> int:

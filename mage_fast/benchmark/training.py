@@ -1,139 +1,228 @@
-"""A whole training step, ours beside the reference's: forward, backward, clipping, AdamW.
+"""Whole training steps, ours beside the reference's: forward, backward, clipping, AdamW.
 
-Both models have the same weights and see the same ids; each draws masks and dropout as it does in training.
-The baseline is the reference model, eager, in float32 with torch's default AdamW, which is what the published
-release computes. Before anything is timed, loss and gradients without dropout are compared.
+``tokens-given``: from ids on the device. ``online``: from images, which every step tokenizes, as the release
+does, in float32. ``cached``: our step reads ids from a token cache on disk; its baseline is the reference's
+online step, as the release cannot train from cached tokens.
+
+Both models have the same weights; each draws masks and dropout as it does in training. Before anything is
+timed, loss and gradients without dropout are compared.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mage_fast import checkpoint, reference
+from mage_fast.benchmark import counts
+from mage_fast.benchmark.end_to_end import (
+    AMP,
+    COMPILED,
+    DTYPES,
+    EAGER,
+    OURS,
+    REFERENCE_COMPILED,
+    TOLERANCE,
+    Candidate,
+    Item,
+    Twins,
+    autocast,
+    compiled_reference,
+    kept_bytes,
+    near,
+)
 from mage_fast.benchmark.gate import Incorrect
-from mage_fast.benchmark.records import REFERENCE_NAME
-from mage_fast.benchmark.timing import Run, Timing, interleaved
-from mage_fast.config import MAGEConfig
+from mage_fast.benchmark.timing import Run
 from mage_fast.kernels import rng
-from mage_fast.kernels.roofline import Device, Work
+from mage_fast.kernels.roofline import Work
 from mage_fast.masking import draw_plan
 from mage_fast.model import MAGE
 from mage_fast.training.optim import adamw_parameter_groups, build_adamw, clip_gradients
+from mage_fast.training.token_cache import TokenCache, TokenCacheWriter
 
-OURS = "mage_fast"
+Recipe = Literal["tokens-given", "online", "cached"]
+Batch = Callable[[], Tensor]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 #: Images a step, by device type.
 BATCH = {"cuda": 128, "cpu": 4}
-#: Allowed distance of all gradients from the reference's, relative to their length.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _LR, _MAX_NORM = 1e-4, 3.0
+#: Batches in the cache on disk, read in turn.
+_CACHED_BATCHES = 16
+_BASELINE_NOTE = "baseline tokenizes online: the release cannot train from cached tokens"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One model size, training from given tokens."""
+@dataclass
+class Training(Item):
+    """Steps of one model by one recipe."""
 
-    model: str
-    config: MAGEConfig
+    suite = "train"
+    twins: Twins
+    recipe: Recipe
     batch: int
-    device: str
+
+    def __post_init__(self) -> None:
+        self.device = self.twins.device
+        self.name = f"{self.twins.name}/{self.recipe}"
+        if self.batch != default_batch(self.twins):
+            self.name += f"/batch{self.batch}"
+        self.baseline = AMP if self.device == "cuda" else EAGER
 
     @property
-    def name(self) -> str:
-        return f"{self.model}/tokens-given"
+    def shape(self) -> dict[str, Any]:
+        return {"batch": self.batch, "dropout": self.twins.config.dropout}
 
-    @property
-    def work(self) -> Work:
-        """The matrix products that a step needs, forward and backward; what moves besides is not counted."""
-        c, positions = self.config, self.config.num_tokens + 1
-        masked = round(c.num_tokens * 0.694)  # on average, by the law of the mask ratio
-        kept = positions - round(c.num_tokens * c.drop_ratio)
+    def work(self, dtype: torch.dtype) -> Work:
+        flops = counts.training(self.twins.config)
+        if self.recipe == "online":
+            assert self.twins.config.tokenizer is not None
+            flops += counts.tokenizer(self.twins.config.tokenizer, "encode")
+        read, written = counts.optimizer_bytes(self.twins.config)
+        return Work(read, written, round(self.batch * flops), matrix=True)
 
-        def block(width: int, rows: int) -> float:
-            # qkv, proj and the two layers of the MLP; scores and their product with the values
-            return 2 * rows * width**2 * (4 + 2 * c.mlp_ratio) + 4 * rows**2 * width
+    def candidates(self, *, compiled: bool) -> list[Candidate]:
+        ours, theirs = self.twins.same_weights()
+        images, ids = self.twins.images(self.batch), self.twins.ids(self.batch)
+        # what the reference trains on: the release has no other way from images to a step than online
+        their_batch = ids if self.recipe == "tokens-given" else images
+        found = [self._theirs(theirs, EAGER, torch.float32, their_batch)]
+        if self.device == "cuda":
+            found.append(self._theirs(theirs, AMP, torch.float16, their_batch))
+        if compiled:
+            compiled_twin = compiled_reference(theirs)
+            found.append(self._theirs(compiled_twin, REFERENCE_COMPILED, torch.bfloat16, their_batch))
+        batch: Batch = partial(_same, images if self.recipe == "online" else ids)
+        if self.recipe == "cached":
+            batch = cached_batches(self.twins, ids)
+        for dtype in DTYPES:
+            found.append(self._ours(ours, OURS, dtype, batch, ids))
+        if compiled:
+            found.append(self._ours(ours, COMPILED, torch.bfloat16, batch, ids))
+        return found
 
-        flops = c.encoder_depth * block(c.encoder_width, kept)
-        flops += c.decoder_depth * block(c.decoder_width, positions)
-        flops += 2 * kept * c.encoder_width * c.decoder_width
-        flops += 2 * masked * c.encoder_width * (c.decoder_width + c.codebook_size)
-        return Work(0, 0, round(3 * self.batch * flops), matrix=True)
+    def _theirs(self, model: reference.MAGE, name: str, dtype: torch.dtype, batch: Tensor) -> Candidate:
+        def kept() -> int:
+            ids_BL = model.tokenize(batch)
+            with autocast(self.device, dtype):
+                return kept_bytes(model, lambda: model(ids_BL))
 
-    def ids(self) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, self.config.num_tokens)
-        return torch.randint(self.config.codebook_size, shape, generator=generator).to(self.device)
+        run = reference_step(model, batch, dtype)
+        return Candidate(name, dtype, run, run, kept_bytes=None if name == REFERENCE_COMPILED else kept)
 
-    def models(self, config: MAGEConfig) -> tuple[MAGE, reference.MAGE]:
-        """Ours and the reference's, with the same weights, in training mode."""
-        torch.manual_seed(0)
-        ours = MAGE(config).to(self.device).train()
-        theirs = reference.MAGE.from_config(config)
-        theirs.load_state_dict(checkpoint.to_published(ours.state_dict(), config))
-        return ours, theirs.to(self.device).train()
+    def _ours(self, model: MAGE, name: str, dtype: torch.dtype, batch: Batch, ids: Tensor) -> Candidate:
+        def kept() -> int:
+            with autocast(self.device, dtype):
+                return kept_bytes(model, lambda: model(ids))
 
+        run = our_step(model, batch, dtype, compiled=name == COMPILED)
+        return Candidate(
+            *(name, dtype, run, run),
+            check=lambda: self.check(dtype, batch),
+            kept_bytes=None if name == COMPILED else kept,
+            note=_BASELINE_NOTE if self.recipe == "cached" else "",
+        )
 
-def steps(device: str, *, smoke: bool = False) -> list[Step]:
-    """What is timed on the device."""
-    if smoke:
-        return [Step("tiny", MAGEConfig.tiny(tokenizer=None), 2, device)]
-    return [Step("vit_b", MAGEConfig.vit_b(tokenizer=None), BATCH[device], device)]
+    def check(self, dtype: torch.dtype, batch: Batch) -> str:
+        """What our step trains on, and loss and gradients without dropout for the same masks.
 
+        Raises:
+            Incorrect: they are farther from the reference's than ``TOLERANCE``.
+        """
+        ours, theirs = self.twins.pair
+        remark = ""
+        if self.recipe == "online":
+            remark = check_features(self.twins, self.batch, dtype)
+        if self.recipe == "cached" and not torch.equal(batch(), self.twins.ids(self.batch)):
+            raise Incorrect("the token cache gives other ids than were written")
+        try:
+            self._check_gradients(ours.eval(), theirs.eval(), dtype)  # eval: without dropout
+        finally:
+            for model in (ours, theirs):
+                model.zero_grad()
+                model.train()
+        return remark
 
-def measure(step: Step, limits: Device, seconds: float) -> list[dict[str, Any]]:
-    """The records of one step: the reference in float32, ours in float32 and bfloat16.
-
-    Raises:
-        Incorrect: loss or gradients are not the reference's.
-    """
-    for dtype in TOLERANCE:
-        check(step, dtype)
-    ours, theirs = step.models(step.config)
-    runs = {REFERENCE_NAME: _reference_step(theirs, step.ids())}
-    runs |= {f"{OURS} {dtype}": our_step(ours, step.ids(), dtype) for dtype in TOLERANCE}
-    timings = interleaved(runs, step.device, seconds)
-    baseline = timings[REFERENCE_NAME]
-    return [
-        _record(step, REFERENCE_NAME, torch.float32, baseline, baseline, limits),
-        *(_record(step, OURS, dtype, timings[f"{OURS} {dtype}"], baseline, limits) for dtype in TOLERANCE),
-    ]
-
-
-def _record(
-    step: Step, name: str, dtype: torch.dtype, timing: Timing, baseline: Timing, limits: Device
-) -> dict[str, Any]:
-    floor_ms = 1e3 * limits.floor_seconds(step.work, dtype)
-    return {
-        "suite": "train",
-        "name": step.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": {"batch": step.batch, "dropout": step.config.dropout},
-        "implementation": name,
-        "baseline": REFERENCE_NAME,
-        "median_ms": timing.median_ms,
-        "baseline_median_ms": baseline.median_ms,
-        "ratio": baseline.median_ms / timing.median_ms,
-        "floor_ms": floor_ms,
-        "percent_of_floor": 100 * floor_ms / timing.median_ms,
-        "peak_mib": timing.peak_mib,
-        "correct": True,
-        "rounds": len(timing.samples_ms),
-    }
+    def _check_gradients(self, ours: MAGE, theirs: reference.MAGE, dtype: torch.dtype) -> None:
+        config, ids_BL = self.twins.config, self.twins.ids(self.batch)
+        plan = draw_plan(config, torch.full((self.batch,), 0.7), rng.new_state(1, device=self.device))
+        dropped_BS = torch.ones(plan.source_BS.shape, dtype=torch.bool, device=self.device).flatten()
+        dropped_BS[plan.positions_T.long()] = False
+        drop_mask_BL = dropped_BS.view_as(plan.source_BS)[:, 1:]
+        with autocast(self.device, dtype):
+            got = ours(ids_BL, plan=plan).loss
+        got.backward()
+        wanted = theirs(ids_BL, drop_mask=drop_mask_BL, mask=plan.is_masked_BL).loss
+        wanted.backward()
+        state = ours.state_dict(keep_vars=True).items()
+        grads = checkpoint.to_published({name: _gradient(p) for name, p in state}, config)
+        learned = [(grads[n], _gradient(p)) for n, p in theirs.named_parameters() if p.requires_grad]
+        off = sum(float((x - y).square().sum()) for x, y in learned)
+        length = sum(float(y.square().sum()) for _, y in learned)
+        away, allowed = (off / length) ** 0.5, TOLERANCE[dtype]
+        if not (away <= allowed and abs(got - wanted) <= allowed * abs(wanted)):  # NaN too
+            raise Incorrect(
+                f"loss {got:.6g}, the reference's {wanted:.6g}; gradients are off by {away:.2g} of their "
+                f"length, allowed {allowed:.2g}"
+            )
 
 
-def our_step(model: MAGE, ids_BL: Tensor, dtype: torch.dtype) -> Run:
+def _gradient(x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if x.grad is None else x.grad
+
+
+def check_features(twins: Twins, batch: int, dtype: torch.dtype) -> str:
+    """The tokenizer's features against the reference's; how many ids agree, as a remark."""
+    ours, theirs = twins.pair
+    images = twins.images(batch)
+    with torch.no_grad():
+        wanted, wanted_ids = theirs.vqgan.encoder(images), theirs.tokenize(images)
+        with autocast(twins.device, dtype):
+            assert ours.tokenizer is not None
+            got, ids = ours.tokenizer.encode_features(images), ours.tokenize(images)  # type: ignore[attr-defined]
+    near("the tokenizer's features", got, wanted, dtype)
+    return f"{100 * float((ids == wanted_ids).double().mean()):.2f}% of ids as the reference's"
+
+
+def _same(batch: Tensor) -> Tensor:
+    return batch
+
+
+def cached_batches(twins: Twins, ids: Tensor) -> Batch:
+    """Batches read from a token cache on disk in turn; the first is ``ids``."""
+    batch, length = ids.shape
+    folder = tempfile.TemporaryDirectory(prefix="mage_fast_cache_")
+    with TokenCacheWriter(folder.name, length=length, codebook_size=twins.config.codebook_size) as writer:
+        for _ in range(_CACHED_BATCHES):
+            writer.append(ids, torch.zeros(batch, dtype=torch.int64))
+    cache = TokenCache(Path(folder.name), verify=False)
+    turn = 0
+
+    def read(_: tempfile.TemporaryDirectory = folder) -> Tensor:  # the folder lives as long as who reads it
+        nonlocal turn
+        first = turn % _CACHED_BATCHES * batch
+        turn += 1
+        read_BL = torch.from_numpy(cache.batch(np.arange(first, first + batch)))
+        return read_BL.pin_memory().to(twins.device, non_blocking=True) if ids.is_cuda else read_BL
+
+    return read
+
+
+def our_step(model: MAGE, batch: Batch, dtype: torch.dtype, *, compiled: bool = False) -> Run:
     """Our step; in bfloat16 under autocast, parameters and optimizer in float32."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_adamw(model, _LR)
+    forward = torch.compile(model) if compiled else model
 
     def run() -> None:
-        with _autocast(ids_BL.device, dtype):
-            loss = model(ids_BL).loss
+        with autocast(model.head.bias.device.type, dtype):
+            loss = forward(batch()).loss
         loss.backward()
         clip_gradients(parameters, _MAX_NORM)
         optimizer.step()
@@ -142,56 +231,33 @@ def our_step(model: MAGE, ids_BL: Tensor, dtype: torch.dtype) -> Run:
     return run
 
 
-def _reference_step(model: reference.MAGE, ids_BL: Tensor) -> Run:
+def reference_step(model: reference.MAGE, batch: Tensor, dtype: torch.dtype) -> Run:
+    """The release's step: images are tokenized in float32, gradients of float16 are scaled."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adamw_parameter_groups(model), lr=_LR, betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler(batch.device.type, enabled=dtype is torch.float16)
 
     def run() -> None:
-        model(ids_BL).loss.backward()
+        ids_BL = model.tokenize(batch)
+        with autocast(batch.device.type, dtype):
+            loss = model(ids_BL).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return run
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+def default_batch(twins: Twins) -> int:
+    """Images a step where no batch is asked for."""
+    return 2 if twins.smoke else BATCH[twins.device]
 
 
-def check(step: Step, dtype: torch.dtype) -> None:
-    """Loss and gradients without dropout, for the same masks.
-
-    Raises:
-        Incorrect: they are farther from the reference's than ``TOLERANCE``.
-    """
-    config = replace(step.config, dropout=0.0)
-    ours, theirs = step.models(config)
-    ids_BL = step.ids()
-    plan = draw_plan(config, torch.full((step.batch,), 0.7), rng.new_state(1, device=step.device))
-    dropped_BS = torch.ones(plan.source_BS.shape, dtype=torch.bool, device=step.device).flatten()
-    dropped_BS[plan.positions_T.long()] = False
-    drop_mask_BL = dropped_BS.view_as(plan.source_BS)[:, 1:]
-
-    def differentiated(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
-        with _autocast(ids_BL.device, dtype if model is ours else torch.float32):
-            value = loss()
-        value.backward()
-        zero = torch.zeros((), device=step.device)
-        state = model.state_dict(keep_vars=True).items()
-        return value.item(), {n: zero.expand_as(p) if p.grad is None else p.grad for n, p in state}
-
-    got, grads = differentiated(ours, lambda: ours(ids_BL, plan=plan).loss)
-    wanted, wanted_grads = differentiated(
-        theirs, lambda: theirs(ids_BL, drop_mask=drop_mask_BL, mask=plan.is_masked_BL).loss
-    )
-    grads = checkpoint.to_published(grads, config)
-    learned = [name for name, p in theirs.named_parameters() if p.requires_grad]
-    off = sum(float((grads[name] - wanted_grads[name]).square().sum()) for name in learned)
-    length = sum(float(wanted_grads[name].square().sum()) for name in learned)
-    distance, allowed = (off / length) ** 0.5, TOLERANCE[dtype]
-    if not (distance <= allowed and abs(got - wanted) <= allowed * abs(wanted)):  # NaN too
-        raise Incorrect(
-            f"{step.name}, {dtype}: loss {got:.6g}, the reference's {wanted:.6g}; gradients are off by "
-            f"{distance:.2g} of their length, allowed {allowed:.2g}"
-        )
+def items(
+    twins: list[Twins], *, batch: int | None = None, recipes: tuple[Recipe, ...] = RECIPES
+) -> list[Training]:
+    """Every recipe of every model; ``batch`` images a step, or as the device can take."""
+    return [Training(twin, recipe, batch or default_batch(twin)) for twin in twins for recipe in recipes]
