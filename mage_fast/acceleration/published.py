@@ -18,8 +18,7 @@ from mage_fast.acceleration.transformer import FastBlock, bind_dropouts, dropout
 from mage_fast.config import MAGEConfig
 from mage_fast.errors import CheckpointError
 from mage_fast.kernels import check, rng
-from mage_fast.kernels.ops.mask_plan.api import MaskPlan
-from mage_fast.kernels.ops.mask_plan.reference import plan_tensors
+from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.model import MAGE
 from mage_fast.tokenizer import Tokenizer
 
@@ -212,9 +211,7 @@ def _plan_of(mask_BL: Tensor, drop_mask_BL: Tensor | None) -> MaskPlan:
     masked_B, dropped_B, wrong_B = torch.stack(counts).cpu()
     if wrong_B.any():
         raise ValueError(f"MAGE: drop_mask has {int(wrong_B.sum())} tokens outside mask, wanted none")
-    kept_B = mask_BL.shape[1] + 1 - dropped_B
-    tensors = plan_tensors(mask_BL, drop_mask_BL, int(masked_B.sum()), int(kept_B.sum()))
-    return MaskPlan(*tensors, mask_BL, int(kept_B.max()) if len(kept_B) else 0)
+    return plan_of_mask(mask_BL, masked_B.tolist(), drop_mask_BL, dropped_B.tolist())
 
 
 def whole_model(
