@@ -77,8 +77,8 @@ def bad_norm(branch_TD: torch.Tensor, residual_TD: torch.Tensor, **other: Any) -
     return out, F.layer_norm(out, out.shape[-1:], other["weight_D"], other["bias_D"], eps=1e-2)
 
 
-def bad_step(logits_BLC: torch.Tensor, ids_BL: torch.Tensor, **other: Any) -> tuple:
-    return logits_BLC.argmax(2), ids_BL
+def bad_step(logits_NC: torch.Tensor, ids_BL: torch.Tensor, **other: Any) -> tuple:
+    return logits_NC.argmax(2), ids_BL
 
 
 def bad_code(x_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_the_plain_sampling_chain_has_the_law_of_the_op() -> None:
     module = cases.module("sample_confident", "specs")
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     inputs = module.Spec("law", 40, 500, 4, 500).inputs()
-    inputs |= {"logits_BLC": p.log().expand(40, 500, 4), "choice_temperature": 1.0}
+    inputs |= {"logits_NC": p.log().expand(40, 500, 4), "choice_temperature": 1.0}
 
     def shares(**options: Any) -> torch.Tensor:
         sampled_BL, _ = module.baseline(**inputs | options)
@@ -165,7 +165,7 @@ def test_the_plain_sampling_chain_has_the_law_of_the_op() -> None:
     torch.testing.assert_close(shares(), p, **close)
     torch.testing.assert_close(shares(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0]), **close)
     torch.testing.assert_close(shares(top_p=0.65), torch.tensor([4 / 7, 3 / 7, 0, 0]), **close)
-    twice = {"guidance_logits_BLC": torch.zeros(40, 500, 4), "guidance_scale": 1.0}
+    twice = {"guidance_logits_NC": torch.zeros(40, 500, 4), "guidance_scale": 1.0}
     torch.testing.assert_close(shares(**twice), p.square() / p.square().sum(), **close)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mage_fast import decoding, reference
-from mage_fast.decoding import Decoding, SamplerConfig, masked_counts
+from mage_fast.decoding import Approximation, Decoding, SamplerConfig, masked_counts
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
@@ -253,10 +253,12 @@ class OnDevice(TorchDispatchMode):
 @pytest.mark.parametrize("encoder_tokens", ["paper", "unmasked"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"guidance_scale": 2.0, "top_k": 4}, {"approximation": "drop_masked"}],
+    [{}, {"guidance_scale": 2.0, "top_k": 4}, *({"approximation": a} for a in get_args(Approximation)[1:])],
     ids=str,
 )
-def test_no_step_waits_for_a_gpu_or_copies_to_it(encoder_tokens: str, options: dict) -> None:
+def test_no_step_waits_for_a_gpu_or_copies_to_it(
+    encoder_tokens: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a graph captures, on a device that holds no values and is not the host."""
     if encoder_tokens == "unmasked" and "approximation" in options:
         pytest.skip("refused")
@@ -267,6 +269,7 @@ def test_no_step_waits_for_a_gpu_or_copies_to_it(encoder_tokens: str, options: d
         for start in ((4, None, torch.tensor([1, 1, 1, 2])), (None, partly_known(model, [9, 0, 16]), None))
     ]
     model.to("meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # unknown on that device
     decode = Decoding(model, config)
     for kind, inputs in prepared:
         there = decoding._Inputs(*(x.to("meta") for x in inputs))

@@ -7,6 +7,7 @@ and the ids of a short decoding with the reference's: its logits, and the sample
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,11 +32,11 @@ from mage_fast.benchmark.end_to_end import (
 )
 from mage_fast.benchmark.gate import Incorrect
 from mage_fast.benchmark.timing import FEWEST_ROUNDS
-from mage_fast.decoding import masked_counts
+from mage_fast.decoding import Decoding, SamplerConfig, masked_counts
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.kernels.roofline import Work
 from mage_fast.model import MAGE
-from mage_fast.sampler import SamplerConfig, generate_batches, generate_ids
+from mage_fast.sampler import generate_ids
 
 #: Images at a time, by device type.
 BATCHES = {"cuda": (64, 4, 1), "cpu": (4, 1)}
@@ -85,7 +86,7 @@ class Generation(Item):
         if compiled:
             found.append(self._theirs(compiled_reference(theirs), REFERENCE_COMPILED, torch.bfloat16))
         for dtype in DTYPES:
-            run = partial(our_images, ours, self.batch, dtype)
+            run = our_images(ours, self.batch, dtype)
             check = partial(self.check, dtype)
             # a short run allocates what a long one does, but for graphs and compiled code of every step
             warm_up = partial(run, self.steps if self.device == "cuda" else _CHECKED_STEPS)
@@ -131,11 +132,19 @@ class Generation(Item):
         return (order_BL < round(part * length)).to(self.device)
 
 
-def our_images(model: MAGE, batch: int, dtype: torch.dtype, steps: int) -> Tensor:
-    """One batch as ``mage_fast.generate`` makes it, in this precision."""
-    with autocast(model.head.bias.device.type, dtype):
-        images = generate_batches(model, batch, config=SamplerConfig(steps=steps), seed=0, batch_size=batch)
-        return next(images)
+def our_images(model: MAGE, batch: int, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """One batch in so many steps as ``mage_fast.generate`` makes it, in this precision; the same engine each
+    time, so that what it captures on a GPU is replayed.
+    """
+    engines: dict[int, Decoding] = {}
+
+    def run(steps: int) -> Tensor:
+        decode = engines.setdefault(steps, Decoding(model, SamplerConfig(steps=steps)))
+        assert model.tokenizer is not None
+        with torch.no_grad(), autocast(model.head.bias.device.type, dtype):
+            return model.tokenizer.decode(decode(batch, seed=0))
+
+    return run
 
 
 def their_logits(model: reference.MAGE, ids_BL: Tensor, is_masked_BL: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shape suffixes: T packed rows, H heads, D head features, B sequences.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,10 +79,11 @@ def attention(
 
 
 def _check_sequences(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    ends = tuple(cu_seqlens[[0, -1]].tolist()) if len(cu_seqlens) else ()
+    starts = cu_seqlens.tolist()
+    ends = (starts[0], starts[-1]) if starts else ()
     if ends != (0, total):
         raise ValueError(f"attention: cu_seqlens runs over {ends}, wanted from 0 to the {total} rows of qkv")
-    lengths = cu_seqlens.diff().tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
     shortest, longest = min(lengths, default=0), max(lengths, default=0)
     if shortest < 0:
         raise ValueError(f"attention: cu_seqlens falls by {-shortest}, wanted it not to decrease")
