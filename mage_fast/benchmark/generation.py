@@ -31,10 +31,11 @@ from mage_fast.benchmark.end_to_end import (
 )
 from mage_fast.benchmark.gate import Incorrect
 from mage_fast.benchmark.timing import FEWEST_ROUNDS
+from mage_fast.decoding import masked_counts
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.kernels.roofline import Work
 from mage_fast.model import MAGE
-from mage_fast.sampler import SamplerConfig, generate_batches, generate_ids, masked_counts
+from mage_fast.sampler import SamplerConfig, generate_batches, generate_ids
 
 #: Images at a time, by device type.
 BATCHES = {"cuda": (64, 4, 1), "cpu": (4, 1)}
