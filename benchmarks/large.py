@@ -211,11 +211,12 @@ def sample_confident(elements: int, name: str, dtype: torch.dtype, device: str) 
     length, codes = (8, 16) if elements < 2**31 else (256, 1024)
     batch = elements // (length * codes) + LAST
     big = {
-        "logits_BLC": _noise(batch, length, codes, dtype=dtype, device=device, grad=False),
+        "logits_NC": _noise(batch, length, codes, dtype=dtype, device=device, grad=False),
         "ids_BL": torch.full((batch, length), codes, device=device),
         "num_masked_B": torch.full((batch,), length // 2, device=device),
     }
-    small = {key: _end(x) for key, x in big.items()} | {"first_sample": batch - LAST}
+    big["samples_B"] = torch.arange(batch, device=device)
+    small = {key: _end(x) for key, x in big.items()}
     same = {"mask_token_id": codes, "choice_temperature": 3.0, "rng_state": rng.new_state(0, device=device)}
     return _last_rows("sample_confident", name, big | same, small | same, dtype, [])
 

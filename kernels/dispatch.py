@@ -28,6 +28,7 @@ OPS = (
     "embed_kept",
     "add_norm",
     "attention",
+    "linear",
     "bias_gelu",
     "pad_decoder",
     "masked_cross_entropy",
@@ -101,6 +102,11 @@ def select(op: str, implementation: str, device: str, function: str = "", args: 
 def requested(op: str, implementation: str) -> str:
     """What an API call asks for: its own argument, else what :func:`use_implementation` set, else "auto"."""
     return implementation if implementation != "auto" else _forced.get(op, "auto")
+
+
+def forced() -> tuple[tuple[str, str], ...]:
+    """What :func:`use_implementation` has set here, ``(op, implementation)`` each."""
+    return tuple(sorted(_forced.items()))
 
 
 @contextmanager

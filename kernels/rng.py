@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from mage_fast.kernels.ops.philox.api import philox
+from mage_fast.kernels.ops.philox.reference import philox_rows
 
 ACTIVATION_BITS = 16
 ATTENTION_BITS = 8
@@ -84,20 +85,26 @@ def least_kept(p: float, bits: int) -> int:
     return threshold(p, bits) - 2 ** (bits - 1)
 
 
-def words(state: Tensor, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
-    """Uniform 32-bit words as int64 in [0, 2**32), ``[rows, columns]``."""
-    blocks = philox(state, stream, rows, -(-columns // 4), first_high=first_row)
+def words(state: Tensor, stream: int, rows: int | Tensor, columns: int) -> Tensor:
+    """Uniform 32-bit words as int64 in [0, 2**32), ``[rows, columns]``, of the first rows, or of those whose
+    numbers an int64 tensor holds (it is not read on the host).
+    """
+    low = -(-columns // 4)
+    if isinstance(rows, int):
+        blocks = philox(state, stream, rows, low)
+    else:
+        blocks = philox_rows(state, stream, rows, low)
     return blocks.flatten(1)[:, :columns].to(torch.int64) & 0xFFFFFFFF
 
 
-def uniform(state: Tensor, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
+def uniform(state: Tensor, stream: int, rows: int | Tensor, columns: int) -> Tensor:
     """float32 in (0, 1): the top 23 bits plus a half, exact in float32, never 0 or 1."""
-    return ((words(state, stream, rows, columns, first_row) >> 9).float() + 0.5) * 2.0**-23
+    return ((words(state, stream, rows, columns) >> 9).float() + 0.5) * 2.0**-23
 
 
-def gumbel(state: Tensor, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
+def gumbel(state: Tensor, stream: int, rows: int | Tensor, columns: int) -> Tensor:
     """float32 standard Gumbel noise, -log(-log(u))."""
-    return uniform(state, stream, rows, columns, first_row).log_().neg_().log_().neg_()
+    return uniform(state, stream, rows, columns).log_().neg_().log_().neg_()
 
 
 def keep_mask(state: Tensor, stream: int, shape: torch.Size | tuple[int, ...], p: float) -> Tensor:

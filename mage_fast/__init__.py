@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mage_fast import ops
+    from mage_fast.acceleration import Accelerated, AcceleratedOutput, accelerate
     from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.decoding import Decoding, SamplerConfig
     from mage_fast.errors import CheckpointError, InputError
     from mage_fast.kernels.check import device_values
     from mage_fast.kernels.dispatch import Unsupported, use_implementation
     from mage_fast.model import MAGE, MAGEOutput
-    from mage_fast.sampler import SamplerConfig, generate, generate_ids
+    from mage_fast.sampler import generate, generate_ids
     from mage_fast.tokenizer import VQGAN, Tokenizer
 
 __version__ = "0.1.0"
@@ -26,7 +28,10 @@ __version__ = "0.1.0"
 __all__ = [
     "MAGE",
     "VQGAN",
+    "Accelerated",
+    "AcceleratedOutput",
     "CheckpointError",
+    "Decoding",
     "InputError",
     "MAGEConfig",
     "MAGEOutput",
@@ -35,6 +40,7 @@ __all__ = [
     "TokenizerConfig",
     "Unsupported",
     "__version__",
+    "accelerate",
     "device_values",
     "generate",
     "generate_ids",
@@ -46,13 +52,17 @@ _HOME = {
     "MAGE": "model",
     "MAGEConfig": "config",
     "MAGEOutput": "model",
+    "Accelerated": "acceleration",
+    "AcceleratedOutput": "acceleration",
     "CheckpointError": "errors",
+    "Decoding": "decoding",
     "InputError": "errors",
-    "SamplerConfig": "sampler",
+    "SamplerConfig": "decoding",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "config",
     "Unsupported": "kernels.dispatch",
     "VQGAN": "tokenizer",
+    "accelerate": "acceleration",
     "device_values": "kernels.check",
     "generate": "sampler",
     "generate_ids": "sampler",

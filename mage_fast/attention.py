@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.attention.api import attention
+from mage_fast.linear import Linear
 
 
 class Attention(nn.Module):
@@ -16,8 +17,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.stream = rng.stream(rng.Stream.ATTENTION_DROPOUT, layer)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(
         self,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from mage_fast.embedding import NORM_EPS
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.add_norm.api import add_norm
 from mage_fast.kernels.ops.bias_gelu.api import bias_gelu
+from mage_fast.linear import Linear
 
 
 class Mlp(nn.Module):
@@ -26,12 +26,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.stream = rng.stream(rng.Stream.MLP_DROPOUT, layer)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_TD: Float[Tensor, "T D"], rng_state: Tensor | None) -> Float[Tensor, "T D"]:
         """Row-wise."""
-        hidden_TF = F.linear(x_TD, self.fc1.weight)
+        hidden_TF = self.fc1.product(x_TD)
         dropout = self.dropout if self.training else 0.0
         return self.fc2(
             bias_gelu(hidden_TF, self.fc1.bias, dropout=dropout, rng_state=rng_state, stream=self.stream)
@@ -62,12 +62,26 @@ class Block(nn.Module):
         rows_N: Int[Tensor, "N"] | None = None,
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
         """``(x, norm1(x))`` in, ``(x, next_norm(x))`` out; of the rows ``rows_N`` only, if given."""
+        x_TD, branch_TD = self.before_last_addition(
+            x_TD, normed_TD, cu_seqlens, max_seqlen, rng_state, rows_N
+        )
+        return self._add(branch_TD, x_TD, next_norm, rng_state, self.mlp_stream)
+
+    def before_last_addition(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        normed_TD: Float[Tensor, "T D"],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rng_state: Tensor | None,
+        rows_N: Int[Tensor, "N"] | None = None,
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
+        """``(x, branch)``, what is left to do being ``x + dropout(branch)``."""
         branch_TD = self.attention(normed_TD, cu_seqlens, max_seqlen, rng_state, rows_N)
         if rows_N is not None:
             x_TD = x_TD.index_select(0, rows_N)
         x_TD, normed_TD = self._add(branch_TD, x_TD, self.norm2, rng_state, self.attention_stream)
-        branch_TD = self.mlp(normed_TD, rng_state)
-        return self._add(branch_TD, x_TD, next_norm, rng_state, self.mlp_stream)
+        return x_TD, self.mlp(normed_TD, rng_state)
 
     def _add(
         self, branch_TD: Tensor, x_TD: Tensor, norm: nn.LayerNorm, rng_state: Tensor | None, stream: int

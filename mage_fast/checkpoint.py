@@ -38,6 +38,7 @@ __all__ = [
     "load_published",
     "load_state",
     "our_shapes",
+    "published_name",
     "read_safetensors",
     "read_torch",
     "save_pretrained",
@@ -94,7 +95,8 @@ def _unused(config: MAGEConfig) -> dict[str, Tensor]:
     return unused
 
 
-def _published_name(ours: str) -> str:
+def published_name(ours: str) -> str:
+    """The published name of a tensor of :class:`mage_fast.MAGE`."""
     if ours == "decoder.mask_token":
         return "mask_token"
     for published, prefix in _RENAMED:
@@ -127,7 +129,7 @@ def from_published(
     if config is None:
         config = infer_config(state, source=source)
     wanted = our_shapes(config)
-    names = {_published_name(name): name for name in wanted}
+    names = {published_name(name): name for name in wanted}
     unused = _unused(config).keys()
     check_state(
         {name: x for name, x in state.items() if name not in unused},
@@ -144,7 +146,7 @@ def to_published(state: Mapping[str, Tensor], config: MAGEConfig) -> dict[str, T
         CheckpointError: names or shapes that are not the configuration's.
     """
     check_state(state, our_shapes(config), "state dict")
-    return {**_unused(config), **{_published_name(name): x for name, x in state.items()}}
+    return {**_unused(config), **{published_name(name): x for name, x in state.items()}}
 
 
 def load_published(path: str | Path) -> dict[str, Tensor]:
@@ -176,13 +178,20 @@ def save_published(path: str | Path, state: Mapping[str, Tensor]) -> None:
 
 
 def infer_config(
-    state: Mapping[str, Tensor], *, source: str | Path = "published state dict", **changes: Any
+    state: Mapping[str, Tensor],
+    *,
+    source: str | Path = "published state dict",
+    norm_groups: int = _PUBLISHED_NORM_GROUPS,
+    **changes: Any,
 ) -> MAGEConfig:
-    """The configuration of a published state dict of a published width; ``changes`` override fields.
+    """The configuration of a published state dict; ``changes`` override fields.
+
+    Shapes do not tell the number of heads, nor the groups of the tokenizer's GroupNorm: give
+    ``encoder_heads`` and ``decoder_heads`` for other widths than the published ones.
 
     Raises:
-        CheckpointError: a tensor is missing, or the sizes are not published ones and so the heads, or
-            the groups of the tokenizer's GroupNorm, are not known.
+        CheckpointError: a tensor is missing, the widths are not published ones and no heads are given, or
+            the sizes make no model.
     """
     shapes = {name: tuple(x.shape) for name, x in state.items()}
 
@@ -192,21 +201,24 @@ def infer_config(
         return int(shapes[name][dimension])
 
     widths = (size("decoder_embed.weight", 1), size("decoder_embed.weight", 0))
-    if widths not in _PUBLISHED_HEADS:
+    if not changes.keys() >= {"encoder_heads", "decoder_heads"} and widths not in _PUBLISHED_HEADS:
         raise CheckpointError(
             f"{source}: encoder and decoder widths are {widths}, wanted one of {sorted(_PUBLISHED_HEADS)}, "
             "or a config: shapes do not tell the number of heads"
         )
     grid = math.isqrt(size("token_emb.position_embeddings.weight", 0) - 1)
-    tokenizer = _infer_tokenizer(shapes, size, grid, source)
+    tokenizer = changes.get("tokenizer", ...)
+    if tokenizer is ...:
+        tokenizer = _infer_tokenizer(shapes, size, grid, norm_groups, source)
     codebook = tokenizer.codebook_size if tokenizer else MAGEConfig.codebook_size
+    codebook = changes.get("codebook_size", codebook)
     fields: dict[str, Any] = {
         "grid_size": grid,
         "codebook_size": codebook,
         "class_slots": size("token_emb.word_embeddings.weight", 0) - 1 - codebook,
         **{"encoder_width": widths[0], "encoder_depth": _count(shapes, r"blocks\.(\d+)\.")},
         **{"decoder_width": widths[1], "decoder_depth": _count(shapes, r"decoder_blocks\.(\d+)\.")},
-        **dict(zip(("encoder_heads", "decoder_heads"), _PUBLISHED_HEADS[widths], strict=True)),
+        **dict(zip(("encoder_heads", "decoder_heads"), _PUBLISHED_HEADS.get(widths, (1, 1)), strict=True)),
         "mlp_ratio": size("blocks.0.mlp.fc1.weight", 0) / widths[0],
         "tokenizer": tokenizer,
     }
@@ -214,7 +226,7 @@ def infer_config(
 
 
 def _infer_tokenizer(
-    shapes: Mapping[str, tuple], size: Any, grid: int, source: str | Path
+    shapes: Mapping[str, tuple], size: Any, grid: int, norm_groups: int, source: str | Path
 ) -> TokenizerConfig | None:
     if not any(name.startswith("vqgan.") for name in shapes):
         return None
@@ -228,7 +240,7 @@ def _infer_tokenizer(
         "base_width": base,
         "width_multipliers": tuple(width // base for width in widths),
         "blocks_per_level": _count(shapes, r"vqgan\.encoder\.down\.0\.block\.(\d+)\."),
-        "norm_groups": _PUBLISHED_NORM_GROUPS,
+        "norm_groups": norm_groups,
     }
     return _made(source, TokenizerConfig, fields)
 

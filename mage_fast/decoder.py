@@ -11,6 +11,7 @@ from mage_fast.config import MAGEConfig
 from mage_fast.embedding import NORM_EPS
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
 from mage_fast.kernels.ops.pad_decoder.api import pad_decoder
+from mage_fast.linear import Linear
 
 
 class Decoder(nn.Module):
@@ -19,7 +20,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MAGEConfig) -> None:
         super().__init__()
         width = config.decoder_width
-        self.embed = nn.Linear(config.encoder_width, width)
+        self.embed = Linear(config.encoder_width, width)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_tokens + 1, width))
         if config.padding == "mask_token":
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -33,16 +34,16 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        encoded_TD: Float[Tensor, "T D"],
+        encoded_VD: Float[Tensor, "V D"],
         plan: MaskPlan,
         rng_state: Tensor | None,
         rows_N: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N D"]:
         """Normalised output at every position of every image, ``[B * S, D]``, or at ``rows_N`` only."""
         x_BSD = pad_decoder(
-            self.embed(encoded_TD),
+            self.embed(encoded_VD),
             plan.source_BS,
-            plan.cu_seqlens,
+            plan.visible_cu_seqlens,
             self.position_embeddings[0],
             mask_token_D=None if self.mask_token is None else self.mask_token.flatten(),
         )

@@ -22,9 +22,9 @@ class Encoder(nn.Module):
 
     def forward(
         self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, rng_state: Tensor | None
-    ) -> Float[Tensor, "T D"]:
-        """Normalised output of every packed row."""
-        return self._run(self.blocks, x_TD, plan, rng_state)[1]
+    ) -> Float[Tensor, "V D"]:
+        """Normalised output of the plan's visible rows: the decoder reads no other."""
+        return self._run(self.blocks, x_TD, plan, rng_state, plan.visible_V)[1]
 
     def block_output(
         self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, block: int, rng_state: Tensor | None
@@ -33,6 +33,11 @@ class Encoder(nn.Module):
         return self._run(self.blocks[: block + 1], x_TD, plan, rng_state)[0]
 
     def _run(
-        self, blocks: nn.ModuleList, x_TD: Tensor, plan: MaskPlan, rng_state: Tensor | None
+        self,
+        blocks: nn.ModuleList,
+        x_TD: Tensor,
+        plan: MaskPlan,
+        rng_state: Tensor | None,
+        rows_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return run_blocks(blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state)
+        return run_blocks(blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state, rows_N)

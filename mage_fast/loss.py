@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mage_fast.config import MAGEConfig
 from mage_fast.kernels.ops.bias_gelu.api import bias_gelu
 from mage_fast.kernels.ops.masked_cross_entropy.api import masked_cross_entropy
+from mage_fast.linear import Linear, project
 
 
 class TokenHead(nn.Module):
@@ -21,7 +21,7 @@ class TokenHead(nn.Module):
     def __init__(self, config: MAGEConfig) -> None:
         super().__init__()
         self.codebook_size = config.codebook_size
-        self.fc = nn.Linear(config.decoder_width, config.encoder_width)
+        self.fc = Linear(config.decoder_width, config.encoder_width)
         self.norm = nn.LayerNorm(config.encoder_width, eps=1e-5)
         self.bias = nn.Parameter(torch.zeros(1, 1, config.vocabulary_size))
 
@@ -30,8 +30,8 @@ class TokenHead(nn.Module):
     ) -> Float[Tensor, "*rows C"]:
         """Logits over the codebook's ids, which come first in the vocabulary."""
         codes = self.codebook_size
-        hidden_ND = self.norm(bias_gelu(F.linear(x_ND, self.fc.weight), self.fc.bias))
-        return F.linear(hidden_ND, word_weight_VD[:codes].detach(), self.bias[0, 0, :codes])
+        hidden_ND = self.norm(bias_gelu(self.fc.product(x_ND), self.fc.bias))
+        return project(hidden_ND, word_weight_VD[:codes].detach(), self.bias[0, 0, :codes])
 
 
 def rows_of_tokens(index_N: Int[Tensor, "N"], length: int) -> Int[Tensor, "N"]:

@@ -7,6 +7,8 @@ masked rows) without waiting for the device.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -67,11 +69,61 @@ def check_mask_ratios(mask_ratios_B: Tensor, batch: int) -> None:
         raise ValueError(f"MAGE: mask_ratios holds {wrong:.6g}, wanted ratios in [0, 1]")
 
 
-def draw_plan(
-    config: MAGEConfig,
-    mask_ratios_B: Float[Tensor, "B"],
-    rng_state: Int64[Tensor, "2"],
-) -> MaskPlan:
+@dataclass(frozen=True)
+class MaskCounts:
+    """How many tokens of each sample a step masks and drops, and the sizes of the plan that follow."""
+
+    num_masked_B: Int64[Tensor, "B"]
+    num_dropped_B: Int64[Tensor, "B"]
+    length: int
+    total_masked: int
+    total_kept: int
+    total_visible: int | None
+    max_seqlen: int
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """All that shapes depend on: steps of equal sizes can share a CUDA graph."""
+        batch = len(self.num_masked_B)
+        return batch, self.length, self.total_masked, self.total_kept, self.total_visible, self.max_seqlen
+
+    def to(self, device: torch.device) -> Self:
+        """The counts on a device; the host does not wait."""
+        masked_B, dropped_B = (
+            x.to(device, non_blocking=True) for x in (self.num_masked_B, self.num_dropped_B)
+        )
+        return replace(self, num_masked_B=masked_B, num_dropped_B=dropped_B)
+
+    def padded(self, multiple: int) -> Self:
+        """Masked rows rounded up to a multiple, visible rows to what the fewest masked of it leave.
+
+        So steps of different mask ratios have one of a few sizes; rows that fill up count nothing.
+        """
+        total_masked = -(-self.total_masked // multiple) * multiple
+        fewest = max(total_masked - multiple + 1, 0)
+        total_visible = len(self.num_masked_B) * (self.length + 1) - fewest
+        return replace(
+            self,
+            total_masked=total_masked,
+            total_visible=None if self.total_visible is None else min(total_visible, self.total_kept),
+        )
+
+    def plan(self, rng_state: Int64[Tensor, "2"]) -> MaskPlan:
+        """Draw which tokens these are; ``rng_state`` is on the device of the counts."""
+        return mask_plan(
+            rng_state,
+            self.num_masked_B,
+            self.num_dropped_B,
+            self.length,
+            total_masked=self.total_masked,
+            total_kept=self.total_kept,
+            total_visible=self.total_visible,
+            max_seqlen=self.max_seqlen,
+            stream=rng.stream(rng.Stream.MASK_PLAN),
+        )
+
+
+def count_masks(config: MAGEConfig, mask_ratios_B: Float[Tensor, "B"]) -> MaskCounts:
     """The masking of a training step: ceil(ratio * L) tokens masked, ceil(drop_ratio * L) of them dropped.
 
     In the ``"unmasked"`` mode every masked token is dropped. A ratio under ``drop_ratio`` drops what it
@@ -80,7 +132,6 @@ def draw_plan(
     Args:
         config: the model's configuration.
         mask_ratios_B: float64 or float32, on the CPU.
-        rng_state: int64 ``(seed, step)`` on the device of the model.
     """
     length = config.num_tokens
     masked_B = token_counts(mask_ratios_B, length)
@@ -88,14 +139,29 @@ def draw_plan(
     if config.encoder_tokens == "paper":
         dropped_B = masked_B.minimum(token_counts(torch.tensor([config.drop_ratio]).double(), length))
     kept_B = length + 1 - dropped_B
-    device = rng_state.device
-    return mask_plan(
-        rng_state,
-        masked_B.to(device, non_blocking=True),
-        dropped_B.to(device, non_blocking=True),
+    total_masked = int(masked_B.sum())
+    total_visible = (length + 1) * len(masked_B) - total_masked
+    return MaskCounts(
+        masked_B,
+        dropped_B,
         length,
-        total_masked=int(masked_B.sum()),
+        total_masked,
         total_kept=int(kept_B.sum()),
+        total_visible=total_visible if config.encoder_tokens == "paper" else None,
         max_seqlen=int(kept_B.max()) if len(kept_B) else 0,
-        stream=rng.stream(rng.Stream.MASK_PLAN),
     )
+
+
+def draw_plan(
+    config: MAGEConfig,
+    mask_ratios_B: Float[Tensor, "B"],
+    rng_state: Int64[Tensor, "2"],
+) -> MaskPlan:
+    """The mask plan of a training step, see :func:`count_masks`.
+
+    Args:
+        config: the model's configuration.
+        mask_ratios_B: float64 or float32, on the CPU.
+        rng_state: int64 ``(seed, step)`` on the device of the model.
+    """
+    return count_masks(config, mask_ratios_B).to(rng_state.device).plan(rng_state)

@@ -106,7 +106,7 @@ class MAGE(nn.Module):
         check.shape("MAGE", "ids", ids_BL, (None, self.config.num_tokens))
         ids_BL = ids_BL.to(torch.int64)
         check.values("MAGE", "ids", ids_BL, 0, self.config.codebook_size)
-        return ids_BL.to(self.head.bias.device)
+        return ids_BL.to(self.head.bias.device, non_blocking=True)
 
     def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
         """Ids of the first position: ``codebook_size + label``, or the unconditional id.
@@ -121,7 +121,7 @@ class MAGE(nn.Module):
         check.integer("MAGE", "labels", labels_B)
         check.shape("MAGE", "labels", labels_B, (batch,))
         check.values("MAGE", "labels", labels_B, 0, self.config.class_slots)
-        return labels_B.to(device, torch.int64) + self.config.codebook_size
+        return labels_B.to(device, torch.int64, non_blocking=True) + self.config.codebook_size
 
     def forward(
         self,
@@ -164,9 +164,7 @@ class MAGE(nn.Module):
             plan = draw_plan(self.config, mask_ratios_B, device_state)
         elif mask_ratios_B is not None:
             raise ValueError("MAGE: got both plan and mask_ratios, wanted one of them")
-        rows_N = rows_of_tokens(plan.masked_index_N, ids_BL.shape[1])
-        masked_ND = self.decode_features(ids_BL, self.class_ids(labels_B, batch), plan, device_state, rows_N)
-        logits_NC = self.head(masked_ND, self.embedding.word_embeddings.weight)
+        logits_NC = self.masked_logits(ids_BL, self.class_ids(labels_B, batch), plan, device_state)
         loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
         return MAGEOutput(loss, logits_NC, ids_BL, plan)
 
@@ -187,6 +185,27 @@ class MAGE(nn.Module):
         """Decoder output (embedding, encoder, decoder) at each position, ``[B * S, D]``, or at ``rows_N``."""
         x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
         return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state, rows_N)
+
+    def masked_logits(
+        self,
+        ids_BL: Int[Tensor, "B L"],
+        class_ids_B: Int[Tensor, "B"],
+        plan: MaskPlan,
+        rng_state: Int64[Tensor, "2"] | None = None,
+    ) -> Float[Tensor, "N C"]:
+        """Scores of the codebook's ids at the plan's masked tokens, in the order of ``plan.masked_index_N``.
+
+        The decoder's last block and the head compute these rows only.
+
+        Args:
+            ids_BL: ids of the vocabulary; which ones stand at masked tokens does not matter.
+            class_ids_B: ids of the first position, see :meth:`class_ids`.
+            plan: what is masked, and what the encoder sees.
+            rng_state: int64 ``(seed, step)`` of the dropout, on the model's device.
+        """
+        rows_N = rows_of_tokens(plan.masked_index_N, ids_BL.shape[1])
+        masked_ND = self.decode_features(ids_BL, class_ids_B, plan, rng_state, rows_N)
+        return self.head(masked_ND, self.embedding.word_embeddings.weight)
 
     def logits(
         self,
@@ -210,9 +229,9 @@ class MAGE(nn.Module):
         """
         if class_ids_B is None:
             class_ids_B = self.class_ids(None, ids_BL.shape[0])
-        if num_masked_B is None:
-            num_masked_B = is_masked_BL.sum(1).cpu()
-        plan = plan_of_mask(is_masked_BL, num_masked_B, drop_masked=self.config.encoder_tokens == "unmasked")
+        num_masked = (is_masked_BL.sum(1) if num_masked_B is None else num_masked_B).tolist()
+        dropped = (is_masked_BL, num_masked) if self.config.encoder_tokens == "unmasked" else (None, None)
+        plan = plan_of_mask(is_masked_BL, num_masked, *dropped)
         ids_BL = ids_BL.masked_fill(is_masked_BL, self.config.mask_token_id)
         x_TD = self.decode_features(ids_BL, class_ids_B, plan, self._dropout_state(rng_state))
         x_BSD = x_TD.unflatten(0, plan.source_BS.shape)
@@ -251,7 +270,7 @@ class MAGE(nn.Module):
         ids_BL = self.tokenize(images_or_ids)
         batch, length = ids_BL.shape
         nothing_BL = torch.zeros(batch, length, dtype=torch.bool, device=ids_BL.device)
-        plan = plan_of_mask(nothing_BL, torch.zeros(batch, dtype=torch.int64), drop_masked=False)
+        plan = plan_of_mask(nothing_BL, [0] * batch)
         rng_state = self._dropout_state(rng_state)
         x_TD = self.embedding(ids_BL, self.class_ids(None, batch), plan, rng_state)
         x_TD = self.encoder.block_output(x_TD, plan, block, rng_state)

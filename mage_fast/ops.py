@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mage_fast.kernels.ops.bias_gelu.api import bias_gelu
     from mage_fast.kernels.ops.embed_kept.api import embed_kept
     from mage_fast.kernels.ops.group_norm_silu.api import group_norm_silu
+    from mage_fast.kernels.ops.linear.api import linear
     from mage_fast.kernels.ops.linear_cross_entropy.api import linear_cross_entropy
     from mage_fast.kernels.ops.mask_plan.api import mask_plan
     from mage_fast.kernels.ops.masked_cross_entropy.api import masked_cross_entropy
@@ -28,6 +29,7 @@ __all__ = [
     "bias_gelu",
     "embed_kept",
     "group_norm_silu",
+    "linear",
     "linear_cross_entropy",
     "mask_plan",
     "masked_cross_entropy",

@@ -20,6 +20,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mask token": {"padding": "mask_token", "decoder_width": 16},
     "3 x 3, 7 codes": {"grid_size": 3, "codebook_size": 7, "class_slots": 3, "unconditional_class": 0},
     "no smoothing, fewer dropped": {"label_smoothing": 0.0, "drop_ratio": 0.3},
+    "nothing dropped": {"drop_ratio": 0.0},
 }
 
 

@@ -36,10 +36,23 @@ def test_eval_equals_reference(changes: dict, ratio: float, labels: list[int] | 
     wanted = theirs(ids, drop_mask=drop_mask, mask=mask, class_ids=class_ids)
 
     packed = model.encoder(model.embedding(ids, class_ids, ours.plan, None), ours.plan, None)
-    assert_near(packed, theirs.forward_encoder(ids, drop_mask, mask, class_ids).flatten(0, 1))
+    encoded = theirs.forward_encoder(ids, drop_mask, mask, class_ids).flatten(0, 1)
+    assert ours.plan.visible_V is not None
+    assert_near(packed, encoded[ours.plan.visible_V])
     assert_near(ours.logits_NC, wanted.logits[:, 1:, : config.codebook_size][mask])
     assert_near(ours.loss, wanted.loss)
     assert torch.equal(ours.ids_BL, ids)
+
+
+def test_nothing_masked_is_no_loss() -> None:
+    config = tiny(dropout=0.0)
+    model, ids = build(config).train(), draw_ids(config, 2)
+    ours = model(ids, mask_ratios_B=torch.zeros(2), rng_state=rng.new_state(3))
+    ours.loss.backward()
+    assert ours.loss == 0
+    assert all(not x.grad.any() for x in model.parameters() if x.grad is not None)
+    encoded = model.encoder(model.embedding(ids, model.class_ids(None, 2), ours.plan, None), ours.plan, None)
+    assert_near(encoded, twin(model, config).forward_encoder(ids, *masks(ours.plan)).flatten(0, 1))
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -82,6 +95,11 @@ def test_loss_and_gradients_equal_reference(
     ours.loss.backward()
     wanted.loss.backward()
     assert_same_gradients(model, theirs, config, tolerance)
+
+
+def test_an_image_without_masks_equals_reference() -> None:
+    changes = CONFIGS["nothing dropped"]
+    test_loss_and_gradients_equal_reference(changes, (0.0, 0.9), torch.float64, 1e-11)
 
 
 @pytest.mark.slow

@@ -22,13 +22,13 @@ from mage_fast.kernels.ops.sample_confident.specs import Spec as Sample
 from mage_fast.kernels.roofline import DEVICES, Device, Work
 
 HALF, FULL = torch.bfloat16, torch.float32
-PLAN = MaskPlan("hand", 2, 7, (4, 4), (3, 3))  # 2 x (1 + 7 - 3) = 10 rows kept, 8 tokens masked
+PLAN = MaskPlan("hand", 2, 7, (4, 4), (3, 3))  # 2 x (1 + 7 - 3) = 10 rows kept, 8 visible, 8 tokens masked
 
 #: spec, dtype, direction, bytes read, bytes written, FLOPs (None: only that there are some)
 COUNTED = [
     (Philox("", 3, 5), torch.int32, "fwd", 0, 15 * 16, 15 * 98),
     # 4 x (10 positions + 3 ends + 8 masked + 2 x 8 sources) + 14 bools; 2 words' blocks, 7 x 3 comparisons
-    (PLAN, torch.int32, "fwd", 2 * 2 * 4, 4 * 37 + 14, 2 * (2 * 98 + 21)),
+    (PLAN, torch.int32, "fwd", 2 * 2 * 4, 4 * 48 + 14, 2 * (2 * 98 + 21)),
     # words used: 8 visible (2 class tokens among them) and [M]; 8 positions, 2 vectors; 13 bytes a row
     (
         *(EmbedKept("", PLAN, 20, 16, 0.0), HALF, "fwd"),

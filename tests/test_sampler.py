@@ -13,18 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mage_fast import reference, sampler
+from mage_fast import reference
 from mage_fast.config import MAGEConfig
+from mage_fast.decoding import SCHEDULES, Decoding, SamplerConfig, masked_counts
+from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.model import MAGE
-from mage_fast.sampler import (
-    SCHEDULES,
-    SamplerConfig,
-    decode_steps,
-    generate,
-    generate_batches,
-    generate_ids,
-    masked_counts,
-)
+from mage_fast.sampler import generate, generate_batches, generate_ids
 from tests.sampler_stub import Stub
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -121,7 +115,7 @@ def test_known_tokens_are_frozen(encoder_tokens: str, guidance_scale: float) -> 
     ids = partly_known(model, [0, 1, 5, 16])
     known = ids != model.config.mask_token_id
     config = SamplerConfig(steps=5, guidance_scale=guidance_scale)
-    for decided in decode_steps(model, ids, config, seed=1):
+    for decided in Decoding(model, config).steps(ids_BL=ids, seed=1):
         assert torch.equal(decided[known], ids[known])
         assert ((decided >= 0) & (decided < model.config.codebook_size)).all()
     result = generate_ids(model, ids_BL=ids, config=config, seed=1)
@@ -135,9 +129,10 @@ def test_each_sample_follows_its_own_schedule() -> None:
         ids[b, count:] = 0
     stub.decode(ids, SamplerConfig(steps=4))
     wanted = torch.cat([torch.tensor([unknown]), masked_counts("cosine", 4, torch.tensor(unknown))])[:-1]
-    for (seen, mask, given_count), count in zip(stub.calls, wanted, strict=True):
-        assert torch.equal(mask, seen == stub.config.mask_token_id)
-        assert mask.sum(1).tolist() == given_count.tolist() == count.tolist()
+    for (seen, _, plan), count in zip(stub.calls, wanted, strict=True):
+        assert torch.equal(plan.is_masked_BL, seen == stub.config.mask_token_id)
+        assert plan.is_masked_BL.sum(1).tolist() == count.tolist()
+        assert plan.masked_index_N.tolist() == plan.is_masked_BL.flatten().nonzero().flatten().tolist()
     for (before, _, _), (after, _, _) in pairwise(stub.calls):
         decided = before != stub.config.mask_token_id
         assert torch.equal(after[decided], before[decided]), "what is decided stays decided"
@@ -147,7 +142,8 @@ def test_each_sample_follows_its_own_schedule() -> None:
 def test_any_number_of_steps(steps: int) -> None:
     """One step, and more steps than tokens."""
     model = build(grid_size=3)
-    decided = list(decode_steps(model, partly_known(model, [9, 4]), SamplerConfig(steps=steps), seed=0))
+    decode = Decoding(model, SamplerConfig(steps=steps))
+    decided = list(decode.steps(ids_BL=partly_known(model, [9, 4]), seed=0))
     assert len(decided) == steps
     assert ((decided[-1] >= 0) & (decided[-1] < 32)).all()
 
@@ -192,19 +188,19 @@ def test_labels_change_what_is_generated() -> None:
 def test_guidance_equals_two_separate_passes() -> None:
     model, config = build(), SamplerConfig(steps=4, guidance_scale=2.0)
     labels = torch.tensor([0, 4, 2])
-    plain, doubled = model.logits, 0
+    plain, doubled = model.masked_logits, 0
 
-    def separate(ids: Tensor, mask: Tensor, classes: Tensor, *, num_masked_B: Tensor) -> Tensor:
+    def separate(ids: Tensor, classes: Tensor, plan: MaskPlan) -> Tensor:
         nonlocal doubled
         doubled += len(ids) == 6
-        halves = zip(ids.chunk(2), mask.chunk(2), classes.chunk(2), num_masked_B.chunk(2), strict=True)
-        return torch.cat([plain(i, m, c, num_masked_B=n) for i, m, c, n in halves])
+        halves = zip(ids.chunk(2), classes.chunk(2), plan.is_masked_BL.chunk(2), strict=True)
+        return torch.cat([plain(i, c, plan_of_mask(m, m.sum(1).tolist())) for i, c, m in halves])
 
     together = generate_ids(model, 3, labels_B=labels, config=config, seed=2)
-    model.logits = separate  # type: ignore[method-assign, assignment]
+    model.masked_logits = separate  # type: ignore[method-assign, assignment]
     assert torch.equal(generate_ids(model, 3, labels_B=labels, config=config, seed=2), together)
     assert doubled == 4
-    model.logits = plain  # type: ignore[method-assign]
+    model.masked_logits = plain  # type: ignore[method-assign]
     assert not torch.equal(
         generate_ids(model, 3, labels_B=labels, config=SamplerConfig(steps=4), seed=2), together
     )
@@ -215,13 +211,13 @@ def test_decoding_is_in_eval_mode_and_restores_each_module(monkeypatch: pytest.M
     model.encoder.eval()  # frozen by the user
     modes = {name: module.training for name, module in model.named_modules()}
     seen = []
-    plain = model.logits
+    plain = model.masked_logits
 
     def spy(*args: Any, **keywords: Any) -> Tensor:
         seen.append(any(module.training for module in model.modules()))
         return plain(*args, **keywords)
 
-    monkeypatch.setattr(model, "logits", spy)
+    monkeypatch.setattr(model, "masked_logits", spy)
     generate_ids(model, 2, config=SamplerConfig(steps=2), seed=0)
     assert seen == [False, False]
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -229,7 +225,7 @@ def test_decoding_is_in_eval_mode_and_restores_each_module(monkeypatch: pytest.M
     def fail(*args: Any, **keywords: Any) -> Tensor:
         raise KeyError
 
-    monkeypatch.setattr(model, "logits", fail)
+    monkeypatch.setattr(model, "masked_logits", fail)
     with pytest.raises(KeyError):
         generate_ids(model, 2, seed=0)
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -246,13 +242,13 @@ def test_nothing_is_recorded_for_autograd() -> None:
 def test_batches_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = MAGE(MAGEConfig.tiny()).double(), SamplerConfig(steps=2)
     sizes = []
-    true = sampler.generate_ids
+    true = Decoding.__call__
 
-    def spy(model: MAGE, count: int, **keywords: Any) -> Tensor:
+    def spy(self: Decoding, count: int, **keywords: Any) -> Tensor:
         sizes.append((count, keywords["first_sample"]))
-        return true(model, count, **keywords)
+        return true(self, count, **keywords)
 
-    monkeypatch.setattr(sampler, "generate_ids", spy)
+    monkeypatch.setattr(Decoding, "__call__", spy)
     labels = torch.tensor([0, 1, 2, 3, 4])
     batches: Iterator[Tensor] = generate_batches(
         model, 5, labels_B=labels, config=config, seed=3, batch_size=2

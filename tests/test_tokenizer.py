@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mage_fast import reference
 from mage_fast.config import MAGEConfig, TokenizerConfig
 from mage_fast.storage import CheckpointError
-from mage_fast.tokenizer import VQGAN, Tokenizer
+from mage_fast.tokenizer import VQGAN, Tokenizer, Upsample
 from tests.published_layout import vqgan_layout
 
 TINY = MAGEConfig.tiny().tokenizer
@@ -88,6 +90,56 @@ def test_gradients_equal_the_reference() -> None:
     for (name, ours), (_, wanted) in zip(fast.named_parameters(), oracle.named_parameters(), strict=True):
         if name != "quantize.embedding.weight":
             close(ours.grad, wanted.grad)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 3), width=st.integers(1, 5), height=st.integers(1, 5), columns=st.integers(1, 5))
+def test_upsampling_is_interpolation_and_convolution(
+    batch: int, width: int, height: int, columns: int
+) -> None:
+    layer = Upsample(width).double()
+    x = torch.randn(batch, width, height, columns, dtype=torch.float64, requires_grad=True)
+    got = layer(x)
+    wanted = layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(wanted)
+    inputs = (x, layer.conv.weight, layer.conv.bias)
+    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, cotangent) for y in (got, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_all_of_it_runs_in_channels_last(bf16: bool) -> None:
+    """What reaches a convolution, and its weights, also after loading and from contiguous inputs."""
+    state = {name: x.detach().clone().contiguous() for name, x in VQGAN(TINY).state_dict().items()}
+    with torch.device("meta"):
+        fast = VQGAN(TINY)
+    fast.load_state_dict(state, assign=True)
+    again = VQGAN(TINY)
+    again.load_state_dict(state)
+    for model in (fast, again, copy.deepcopy(fast).bfloat16()):
+        assert all(channels_last(x) for x in model.parameters() if x.dim() == 4)
+    seen = []
+
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if function is F.conv2d:
+                seen.append(channels_last(args[0]) and channels_last(args[1]))
+            return function(*args, **(kwargs or {}))
+
+    with Seen(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ids = fast.encode(torch.rand(2, 3, 16, 16))
+        decoded = fast.decode(ids)
+        fast.decode_features(torch.randn(2, 8, 4, 4))
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in fast.modules())
+    decoder = sum(isinstance(module, torch.nn.Conv2d) for module in fast.decoder.modules())
+    assert len(seen) == convolutions + decoder
+    assert all(seen)
+    assert channels_last(decoded)
 
 
 def test_gradient_passes_the_quantiser_straight_through() -> None:

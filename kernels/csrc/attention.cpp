@@ -1,14 +1,15 @@
 // attention, forward: O = dropout(softmax(scale Q K^T)) V within each sequence of a packed batch.
 //
-// A task is a head of a sequence (a few hundred queries of it). It copies its keys, transposed, and values
-// into matrices in the cache; a block of queries at a time, it has the scores of all keys (of kMostKeys of
-// them, if the sequence is longer) beside them, makes them probabilities in place and multiplies by V.
+// A task is a head of a sequence (a few hundred queries of it). It lays out its keys and values in the cache
+// (attention_products.h); a block of queries at a time, it has the scores of all keys (of kMostKeys of them, if
+// the sequence is longer) beside them, makes them probabilities in place and multiplies by V.
 // Probabilities have their row's maximum taken off, and are divided by their sum at the very end.
 #include "attention.h"
 
 #include <cmath>
 #include <limits>
 
+#include "attention_products.h"
 #include "vector_math.h"
 
 namespace mage_fast {
@@ -17,17 +18,17 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kTaskQueries = 288, kBlockQueries = 48;
 
+template <class Products>
 class Forward {
  public:
   Forward(Heads heads, float scale, const ProbabilityDropout& dropout, int64_t longest)
       : heads_(heads), scale_(scale), dropout_(dropout), most_keys_(std::min(longest, kMostKeys)),
         most_queries_(std::min(longest, kTaskQueries)),
+        products_(heads.features, most_keys_, kBlockQueries, false),
         scratch_(
-            Scratch::room(kBlockQueries, heads.features) + Scratch::room(heads.features, most_keys_) +
-            Scratch::room(most_keys_, heads.features) + Scratch::room(kBlockQueries, most_keys_) +
-            Scratch::room(most_queries_, heads.features) + 2 * Scratch::room(most_queries_)),
-        q_(scratch_.take(kBlockQueries, heads.features)), kt_(scratch_.take(heads.features, most_keys_)),
-        v_(scratch_.take(most_keys_, heads.features)), p_(scratch_.take(kBlockQueries, most_keys_)),
+            Scratch::room(kBlockQueries, most_keys_) + Scratch::room(most_queries_, heads.features) +
+            2 * Scratch::room(most_queries_)),
+        p_(scratch_.take(kBlockQueries, most_keys_)),
         out_(scratch_.take(most_queries_, heads.features)), maxima_(scratch_.take(most_queries_)),
         totals_(scratch_.take(most_queries_)),
         drawn_(dropout.drops ? dropout.room(kBlockQueries, most_keys_) : 0) {}
@@ -39,13 +40,11 @@ class Forward {
     for (int64_t key = 0; key < task.length; key += keys.size) {
       const int64_t some = keys.length(key), stride = heads_.qkv_stride();
       const T* k = qkv + heads_.qkv_offset(task.start + key, 1, task.head);
-      copy_transposed(k, stride, some, features, kt_);
-      copy_rows(k + heads_.out_stride(), stride, some, features, v_);
+      products_.set_keys(Rows<T>{k, stride, some}, Rows<T>{k + heads_.out_stride(), stride, some}, false);
       for (int64_t query = 0; query < task.queries; query += queries.size) {
         const int64_t rows = queries.length(query);
         const T* q = qkv + heads_.qkv_offset(row + query, 0, task.head);
-        copy_rows(q, stride, rows, features, q_);
-        multiply<false>(q_, kt_, rows, whole_vectors(some), features, false, p_);
+        products_.scores(Rows<T>{q, stride, rows}, p_);
         // inlined, or GCC takes a function that only prefetches for one that does nothing
         const auto prefetch_rows = [&](int64_t i) __attribute__((always_inline)) {
           if (key > 0) return;
@@ -58,8 +57,7 @@ class Forward {
           const int64_t random_row = (row + query) * heads_.count + task.head;
           softmax<drops>(query, rows, random_row, key, some, prefetch_rows);
         });
-        const Matrix sums{out_.row(query), out_.stride};
-        multiply<false>(p_, v_, rows, whole_vectors(features), some, key > 0, sums);
+        products_.sum_rows(p_, rows, key > 0, {out_.row(query), out_.stride});
       }
     }
     for (int64_t query = 0; query < task.queries; ++query) {
@@ -127,8 +125,9 @@ class Forward {
   float scale_;
   const ProbabilityDropout& dropout_;
   int64_t most_keys_, most_queries_;
+  Products products_;
   Scratch scratch_;
-  Matrix q_, kt_, v_, p_, out_;
+  Matrix p_, out_;
   float *maxima_, *totals_;
   std::vector<int8_t> drawn_;
 };
@@ -140,11 +139,11 @@ void attention(
   const ProbabilityDropout dropout = probability_dropout_of(state, stream, least_kept, scale);
   const std::vector<Task> tasks = tasks_of(cu_seqlens, qkv.size(0), heads.count, kTaskQueries);
   float* to_lse = data<float>(lse);
-  for_dtype(qkv, [&]<class T>(T) {
+  for_products(qkv, heads.features, [&]<class T, class Products>(T, std::type_identity<Products>) {
     const T* from = data<T>(qkv);
     T* to = data<T>(out);
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
-      Forward forward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
+      Forward<Products> forward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
       for (int64_t i = begin; i < end; ++i) {
         forward.run(tasks[i], tasks[std::min(i + 1, end - 1)], from, to, to_lse);
       }

@@ -4,13 +4,14 @@
 //     dS = P * (dropout(dO V^T) - D)          dQ = scale dS K,  dK = scale dS^T Q
 //
 // with P rebuilt from the logarithms of the totals and dropout drawn again. A task is a head of a sequence,
-// so no two write the same gradient. It has copies of Q and dO in the cache and, for all its keys (kMostKeys
-// of them at a time, if there are more), of K, K^T and V^T; a block of queries at a time, dropout(P) and dS
-// come to stand where S and dO V^T did, and the sums of dV, dK and dQ go on.
+// so no two write the same gradient. For all its keys (kMostKeys of them at a time, if there are more) it has
+// K, K^T and V^T in the cache (attention_products.h); a block of queries at a time, dropout(P) and dS come to
+// stand where S and dO V^T did, and the sums of dV, dK and dQ go on.
 #include "attention.h"
 
 #include <limits>
 
+#include "attention_products.h"
 #include "vector_math.h"
 
 namespace mage_fast {
@@ -18,47 +19,42 @@ namespace {
 
 constexpr int64_t kBlockQueries = 90;
 
+template <class Products>
 class Backward {
  public:
   Backward(Heads heads, float scale, const ProbabilityDropout& dropout, int64_t longest)
       : heads_(heads), scale_(scale), dropout_(dropout), queries_(longest),
         keys_(std::min(longest, kMostKeys)),
+        products_(heads.features, keys_, kBlockQueries, true),
         scratch_(
-            3 * Scratch::room(queries_, heads.features) + 3 * Scratch::room(keys_, heads.features) +
-            2 * Scratch::room(heads.features, keys_) + 2 * Scratch::room(kBlockQueries, keys_) +
-            Scratch::room(queries_)),
-        q_(scratch_.take(queries_, heads.features)), grad_out_(scratch_.take(queries_, heads.features)),
-        grad_q_(scratch_.take(queries_, heads.features)), k_(scratch_.take(keys_, heads.features)),
-        grad_k_(scratch_.take(keys_, heads.features)), grad_v_(scratch_.take(keys_, heads.features)),
-        kt_(scratch_.take(heads.features, keys_)), vt_(scratch_.take(heads.features, keys_)),
-        p_(scratch_.take(kBlockQueries, keys_)), grad_p_(scratch_.take(kBlockQueries, keys_)),
+            Scratch::room(queries_, heads.features) + 2 * Scratch::room(keys_, heads.features) +
+            2 * Scratch::room(kBlockQueries, keys_) + Scratch::room(queries_)),
+        grad_q_(scratch_.take(queries_, heads.features)), grad_k_(scratch_.take(keys_, heads.features)),
+        grad_v_(scratch_.take(keys_, heads.features)), p_(scratch_.take(kBlockQueries, keys_)),
+        grad_p_(scratch_.take(kBlockQueries, keys_)),
         deltas_(scratch_.take(queries_)), drawn_(dropout.drops ? dropout.room(kBlockQueries, keys_) : 0) {}
 
   template <class T>
   void run(
       const Task& task, const Task& next, const T* grad, const T* qkv, const T* out, const float* lse,
       T* grad_qkv) {
-    const int64_t features = heads_.features, wide = whole_vectors(features), stride = heads_.qkv_stride();
+    const int64_t features = heads_.features, stride = heads_.qkv_stride();
     const T* q = qkv + heads_.qkv_offset(task.start, 0, task.head);
-    const int64_t out_offset = heads_.out_offset(task.start, task.head);
-    copy_rows(q, stride, task.length, features, q_);
-    copy_rows(grad + out_offset, heads_.out_stride(), task.length, features, grad_out_);
-    products_with_out(out + out_offset, task.length);
+    const T* grad_out = grad + heads_.out_offset(task.start, task.head);
+    products_with_out(grad_out, out + heads_.out_offset(task.start, task.head), task.length);
     const Pieces keys(task.length, kMostKeys, kKeysOfBlock);
     const Pieces queries(task.length, kBlockQueries, kTileRows);
     for (int64_t key = 0; key < task.length; key += keys.size) {
-      const int64_t some = keys.length(key), whole = whole_vectors(some);
+      const int64_t some = keys.length(key);
       const T* k = q + key * stride + heads_.out_stride();
       const T* v = k + heads_.out_stride();
-      copy_rows(k, stride, some, features, k_);
-      copy_transposed(k, stride, some, features, kt_);
-      copy_transposed(v, stride, some, features, vt_);
+      products_.set_keys(Rows<T>{k, stride, some}, Rows<T>{v, stride, some}, true);
       for (int64_t query = 0; query < task.length; query += queries.size) {
         const int64_t rows = queries.length(query), row = (task.start + query) * heads_.count + task.head;
-        const Matrix q_block{q_.row(query), q_.stride}, grad_block{grad_out_.row(query), grad_out_.stride};
-        const Matrix grad_q_block{grad_q_.row(query), grad_q_.stride};
-        multiply<false>(q_block, kt_, rows, whole, features, false, p_);
-        multiply<false>(grad_block, vt_, rows, whole, features, false, grad_p_);
+        const Rows<T> q_block{q + query * stride, stride, rows};
+        const Rows<T> grad_block{grad_out + query * heads_.out_stride(), heads_.out_stride(), rows};
+        products_.scores(q_block, p_);
+        products_.value_products(grad_block, grad_p_);
         // inlined, or GCC takes a function that only prefetches for one that does nothing
         const auto prefetch_rows = [&](int64_t i) __attribute__((always_inline)) {
           if (key > 0) return;
@@ -75,9 +71,9 @@ class Backward {
         for_bool(dropout_.drops, [&](auto drops) {
           softmax_gradient<drops>(lse + row, deltas_ + query, row, rows, key, some, prefetch_rows);
         });
-        multiply<true>(p_, grad_block, some, wide, rows, query > 0, grad_v_);
-        multiply<true>(grad_p_, q_block, some, wide, rows, query > 0, grad_k_);
-        multiply<false>(grad_p_, k_, rows, wide, some, key > 0, grad_q_block);
+        products_.sum_grads(p_, grad_block, query > 0, grad_v_);
+        products_.sum_queries(grad_p_, q_block, query > 0, grad_k_);
+        products_.sum_rows(grad_p_, rows, key > 0, {grad_q_.row(query), grad_q_.stride});
       }
       write(grad_k_, scale_, some, grad_qkv + heads_.qkv_offset(task.start + key, 1, task.head));
       write(grad_v_, dropout_.scale, some, grad_qkv + heads_.qkv_offset(task.start + key, 2, task.head));
@@ -88,11 +84,11 @@ class Backward {
  private:
   // D, the gradient's part in the direction of P
   template <class T>
-  void products_with_out(const T* out, int64_t rows) {
-    for (int64_t row = 0; row < rows; ++row) {
+  void products_with_out(const T* grad, const T* out, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row, grad += heads_.out_stride(), out += heads_.out_stride()) {
       Floats total{};
       for_vectors(heads_.features, [&](int64_t first, auto count) {
-        total += load(grad_out_.row(row) + first) * load(out + row * heads_.out_stride() + first, count);
+        total += load(grad + first, count) * load(out + first, count);
       });
       deltas_[row] = sum(total);
     }
@@ -139,8 +135,9 @@ class Backward {
   float scale_;
   const ProbabilityDropout& dropout_;
   int64_t queries_, keys_;
+  Products products_;
   Scratch scratch_;
-  Matrix q_, grad_out_, grad_q_, k_, grad_k_, grad_v_, kt_, vt_, p_, grad_p_;
+  Matrix grad_q_, grad_k_, grad_v_, p_, grad_p_;
   float* deltas_;
   std::vector<int8_t> drawn_;
 };
@@ -153,12 +150,12 @@ void attention_backward(
   const ProbabilityDropout dropout = probability_dropout_of(state, stream, least_kept, scale);
   const std::vector<Task> tasks =
       tasks_of(cu_seqlens, qkv.size(0), heads.count, std::numeric_limits<int32_t>::max());
-  for_dtype(qkv, [&]<class T>(T) {
+  for_products(qkv, heads.features, [&]<class T, class Products>(T, std::type_identity<Products>) {
     const T *from = data<T>(qkv), *grad_from = data<T>(grad), *out_from = data<T>(out);
     const float* lse_from = data<float>(lse);
     T* to = data<T>(grad_qkv);
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
-      Backward backward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
+      Backward<Products> backward(heads, static_cast<float>(softmax_scale), dropout, longest(tasks));
       for (int64_t i = begin; i < end; ++i) {
         const Task& next = tasks[std::min(i + 1, end - 1)];
         backward.run(tasks[i], next, grad_from, from, out_from, lse_from, to);

@@ -59,22 +59,25 @@ void copy_inside(const std::vector<int32_t>& from, int64_t count, int64_t start,
 struct Plan {
   int32_t *positions, *cu_seqlens, *masked_index, *source;
   bool* is_masked;
-  int64_t total_kept, total_masked;
+  int32_t *visible, *visible_cu_seqlens;
+  int64_t total_kept, total_masked, total_visible;
 };
 
 void plan_samples(
     const Philox& philox, const std::vector<int64_t>& masked, const std::vector<int64_t>& dropped,
     int64_t length, const Plan& plan) {
   const int64_t batch = static_cast<int64_t>(masked.size());
-  std::vector<int64_t> first_row(batch + 1), first_masked(batch + 1);
+  std::vector<int64_t> first_row(batch + 1), first_masked(batch + 1), first_visible(batch + 1);
   for (int64_t b = 0; b < batch; ++b) {
     first_row[b + 1] = first_row[b] + 1 + length - dropped[b];
     first_masked[b + 1] = first_masked[b] + masked[b];
+    first_visible[b + 1] = first_visible[b] + 1 + length - masked[b];
   }
   std::copy(first_row.begin(), first_row.end(), plan.cu_seqlens);
+  std::copy(first_visible.begin(), first_visible.end(), plan.visible_cu_seqlens);
   const int64_t grain = 1 + 4096 / std::max<int64_t>(length, 1);  // samples worth a thread of their own
   torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> words, rows(length + 1), index(length);
+    std::vector<int32_t> words, rows(length + 1), index(length), packed(length + 1);
     for (int64_t b = begin; b < end; ++b) {
       draw_words(philox, b, length, words);
       Cut masking = find_cut(words.data(), length, masked[b]);
@@ -82,8 +85,9 @@ void plan_samples(
       int32_t* const source = plan.source + b * (length + 1);
       // a sample's class token is its first row. Without branches: what is not kept, the next one overwrites
       rows[0] = static_cast<int32_t>(b * (length + 1));
-      source[0] = static_cast<int32_t>(first_row[b]);
-      int64_t kept = 1, chosen = 0;
+      source[0] = static_cast<int32_t>(first_visible[b]);
+      packed[0] = static_cast<int32_t>(first_row[b]);
+      int64_t kept = 1, chosen = 0, seen = 1;
       for (int64_t token = 0; token < length; ++token) {
         const int32_t word = words[token];
         const bool is_masked = (word < masking.word) | ((word == masking.word) & (masking.ties > 0));
@@ -94,21 +98,25 @@ void plan_samples(
         kept += !is_dropped;
         index[chosen] = static_cast<int32_t>(b * length + token);
         chosen += is_masked;
-        source[1 + token] = is_masked ? -1 : static_cast<int32_t>(first_row[b] + kept - 1);
+        packed[seen] = static_cast<int32_t>(first_row[b] + kept - 1);
+        source[1 + token] = is_masked ? -1 : static_cast<int32_t>(first_visible[b] + seen);
+        seen += !is_masked;
         plan.is_masked[b * length + token] = is_masked;
       }
       copy_inside(rows, kept, first_row[b], plan.total_kept, plan.positions);
       copy_inside(index, chosen, first_masked[b], plan.total_masked, plan.masked_index);
+      copy_inside(packed, seen, first_visible[b], plan.total_visible, plan.visible);
     }
   });
   for (int64_t row = first_row[batch]; row < plan.total_kept; ++row) plan.positions[row] = -1;
   for (int64_t i = first_masked[batch]; i < plan.total_masked; ++i) plan.masked_index[i] = -1;
+  for (int64_t i = first_visible[batch]; i < plan.total_visible; ++i) plan.visible[i] = 0;
 }
 
 void mask_plan(
     const Tensor& state, const Tensor& num_masked, const Tensor& num_dropped, int64_t stream,
     const Tensor& positions, const Tensor& cu_seqlens, const Tensor& masked_index, const Tensor& source,
-    const Tensor& is_masked) {
+    const Tensor& is_masked, const Tensor& visible, const Tensor& visible_cu_seqlens) {
   const int64_t batch = is_masked.size(0), length = is_masked.size(1);
   const auto counts = [&](const Tensor& given) {
     const Integers numbers(given);
@@ -118,7 +126,8 @@ void mask_plan(
   };
   const Plan plan{
       data<int32_t>(positions), data<int32_t>(cu_seqlens), data<int32_t>(masked_index), data<int32_t>(source),
-      data<bool>(is_masked), positions.size(0), masked_index.size(0)};
+      data<bool>(is_masked), data<int32_t>(visible), data<int32_t>(visible_cu_seqlens), positions.size(0),
+      masked_index.size(0), visible.size(0)};
   plan_samples(philox_of(state, stream), counts(num_masked), counts(num_dropped), length, plan);
 }
 
@@ -128,7 +137,8 @@ void mask_plan(
 STABLE_TORCH_LIBRARY_FRAGMENT(mage_fast_cpu, m) {
   m.def(
       "mask_plan(Tensor state, Tensor num_masked, Tensor num_dropped, int stream, Tensor(a!) positions, "
-      "Tensor(b!) cu_seqlens, Tensor(c!) masked_index, Tensor(d!) source, Tensor(e!) is_masked) -> ()");
+      "Tensor(b!) cu_seqlens, Tensor(c!) masked_index, Tensor(d!) source, Tensor(e!) is_masked, "
+      "Tensor(f!) visible, Tensor(g!) visible_cu_seqlens) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mage_fast_cpu, CPU, m) { m.impl("mask_plan", TORCH_BOX(&mage_fast::mask_plan)); }

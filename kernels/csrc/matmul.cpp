@@ -51,10 +51,11 @@ constexpr std::array<MultiplyTile, sizeof...(kIndex)> tiles_of_all_sizes(std::in
 }  // namespace
 
 template <bool kTransposed>
-void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c) {
+void multiply(
+    Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c, int64_t most_depth) {
   static constexpr auto kTiles =
       tiles_of_all_sizes<kTransposed>(std::make_index_sequence<kTileRows * kTileVectors>());
-  const Pieces pieces(depth, kMostDepth, 1);
+  const Pieces pieces(depth, most_depth, 1);
   for (int64_t column = 0; column < columns; column += kTileColumns) {
     const int64_t vectors = std::min(kTileColumns, columns - column) / kLanes;
     for (int64_t first = 0; first < depth; first += pieces.size) {
@@ -69,7 +70,7 @@ void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, 
   }
 }
 
-template void multiply<false>(Matrix, Matrix, int64_t, int64_t, int64_t, bool, Matrix);
-template void multiply<true>(Matrix, Matrix, int64_t, int64_t, int64_t, bool, Matrix);
+template void multiply<false>(Matrix, Matrix, int64_t, int64_t, int64_t, bool, Matrix, int64_t);
+template void multiply<true>(Matrix, Matrix, int64_t, int64_t, int64_t, bool, Matrix, int64_t);
 
 }  // namespace mage_fast

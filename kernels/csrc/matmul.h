@@ -68,7 +68,9 @@ class Scratch {
 // c = a b or, to add, c + a b; a transposed is given by its columns. `columns` are whole vectors in b and c.
 // The sum of an element of c is one of sums over pieces of the depth, each in order, whatever the tile.
 template <bool kTransposed>
-void multiply(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c);
+void multiply(
+    Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth, bool add, Matrix c,
+    int64_t most_depth = kMostDepth);
 
 // Rows of a tensor, `stride` elements apart, as a matrix; zeros up to whole vectors.
 template <class T>

@@ -63,19 +63,22 @@ Drawn draw(
 
 template <class T>
 void draw_unknown(
-    const T* logits, const T* guidance, const int64_t* ids, int64_t batch, int64_t length, int64_t codes,
-    int64_t mask_token_id, const ScoreOptions& options, const Philox& philox, int64_t first_sample,
-    int64_t* sampled, float* log_p) {
+    const T* logits, const T* guidance, int64_t count, const int64_t* rows, const int64_t* ids, int64_t batch,
+    int64_t length, int64_t codes, int64_t mask_token_id, const ScoreOptions& options, const Philox& philox,
+    const int64_t* samples, int64_t* sampled, float* log_p) {
   std::vector<int64_t> unknown;
   for (int64_t token = 0; token < batch * length; ++token) {
     sampled[token] = ids[token];
-    if (ids[token] == mask_token_id) unknown.push_back(token);
+    if (ids[token] != mask_token_id) continue;
+    unknown.push_back(token);
+    const int64_t row = rows ? rows[token] : token;
+    STD_TORCH_CHECK(0 <= row && row < count, "sample_confident: row ", row, " of ", count, " rows of logits");
   }
   torch::stable::parallel_for(0, static_cast<int64_t>(unknown.size()), 4, [&](int64_t begin, int64_t end) {
     CodeRow row(codes);
     std::vector<int32_t> words = words_for(codes);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t token = unknown[i], element = token * codes;
+      const int64_t token = unknown[i], element = (rows ? rows[token] : token) * codes;
       row.read(logits + element, guidance ? guidance + element : nullptr, options);
       if (!row.is_ordinary()) {
         sampled[token] = row.extreme();
@@ -84,7 +87,7 @@ void draw_unknown(
       }
       if (0 < options.top_k && options.top_k < codes) row.keep_top_k(options.top_k);
       if (options.top_p < 1.0f) row.keep_top_p(options.top_p);
-      const uint64_t sample = first_sample + token / length;
+      const uint64_t sample = samples[token / length];
       const Drawn drawn = draw(row, philox, sample, token % length * codes, words);
       sampled[token] = drawn.code;
       log_p[token] = drawn.log_p;
@@ -123,20 +126,21 @@ void mask_least_confident(
 }
 
 void sample_confident(
-    const Tensor& logits, const Tensor& ids, const Tensor& num_masked, std::optional<Tensor> guidance,
-    double guidance_scale, int64_t mask_token_id, double choice_temperature, double temperature,
-    int64_t top_k, double top_p, const Tensor& state, int64_t id_stream, int64_t confidence_stream,
-    int64_t first_sample, const Tensor& sampled, const Tensor& next) {
-  const int64_t batch = logits.size(0), length = logits.size(1), codes = logits.size(2);
+    const Tensor& logits, const Tensor& ids, const Tensor& num_masked, std::optional<Tensor> rows,
+    std::optional<Tensor> guidance, double guidance_scale, int64_t mask_token_id, double choice_temperature,
+    double temperature, int64_t top_k, double top_p, const Tensor& samples, const Tensor& state,
+    int64_t id_stream, int64_t confidence_stream, const Tensor& sampled, const Tensor& next) {
+  const int64_t batch = ids.size(0), length = ids.size(1), codes = logits.size(logits.dim() - 1);
   const ScoreOptions options{
       static_cast<float>(guidance_scale), static_cast<float>(temperature), top_k, static_cast<float>(top_p)};
   const int64_t *ids_in = data<int64_t>(ids), *counts = data<int64_t>(num_masked);
+  const int64_t *rows_in = data<int64_t>(rows), *numbers = data<int64_t>(samples);
   int64_t *ids_out = data<int64_t>(sampled), *next_out = data<int64_t>(next);
   std::vector<float> log_p(batch * length);
   for_dtype(logits, [&]<class T>(T) {
     draw_unknown(
-        data<T>(logits), data<T>(guidance), ids_in, batch, length, codes, mask_token_id, options,
-        philox_of(state, id_stream), first_sample, ids_out, log_p.data());
+        data<T>(logits), data<T>(guidance), logits.numel() / codes, rows_in, ids_in, batch, length, codes,
+        mask_token_id, options, philox_of(state, id_stream), numbers, ids_out, log_p.data());
   });
   const Philox philox = philox_of(state, confidence_stream);
   parallel(batch, 1, [&](int64_t sample) {
@@ -144,7 +148,7 @@ void sample_confident(
     std::copy_n(ids_out + first, length, next_out + first);
     mask_least_confident(
         ids_in + first, log_p.data() + first, length, counts[sample], mask_token_id,
-        static_cast<float>(choice_temperature), philox, first_sample + sample, next_out + first);
+        static_cast<float>(choice_temperature), philox, numbers[sample], next_out + first);
   });
 }
 
@@ -153,9 +157,9 @@ void sample_confident(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mage_fast_cpu, m) {
   m.def(
-      "sample_confident(Tensor logits, Tensor ids, Tensor num_masked, Tensor? guidance, "
+      "sample_confident(Tensor logits, Tensor ids, Tensor num_masked, Tensor? rows, Tensor? guidance, "
       "float guidance_scale, int mask_token_id, float choice_temperature, float temperature, int top_k, "
-      "float top_p, Tensor state, int id_stream, int confidence_stream, int first_sample, "
+      "float top_p, Tensor samples, Tensor state, int id_stream, int confidence_stream, "
       "Tensor(a!) sampled, Tensor(b!) next) -> ()");
 }
 

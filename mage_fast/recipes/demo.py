@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mage_fast.decoding import SamplerConfig
 from mage_fast.files import write_json
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
@@ -23,7 +24,7 @@ from mage_fast.recipes.demo_report import Report, write_report
 from mage_fast.recipes.loading import load_model
 from mage_fast.recipes.pictures import write_grid
 from mage_fast.recipes.probe import extract_features
-from mage_fast.sampler import SamplerConfig, generate, generate_ids
+from mage_fast.sampler import generate, generate_ids
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import batches, open_source
 from mage_fast.training.metrics import frechet_distance

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mage_fast.decoding import Decoding, SamplerConfig
 from mage_fast.errors import InputError
 from mage_fast.files import write_json
 from mage_fast.recipes.loading import Precision, load_model, precision_context
 from mage_fast.recipes.pictures import write_grid
-from mage_fast.sampler import SamplerConfig, generate_ids
 from mage_fast.training.images import read_rgb
 from mage_fast.training.logs import progress
-from mage_fast.training.metrics import save_png
+from mage_fast.training.metrics import save_png, to_uint8
 from mage_fast.training.run import check_settings, pick_device
 from mage_fast.training.run_state import module_fingerprint
 
 SETTINGS = "generate.json"
 GRID_IMAGES = 64
+#: Threads that compress PNG files.
+WRITERS = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ def run(config: GenerateConfig) -> dict[str, object]:
 
     Raises:
         InputError: a folder with images of other settings, a wrong count.
+        OSError: a file cannot be written, as on a full disk; it names the file, and what is whole stays.
         ValueError: a label outside the model's class slots.
     """
     if config.count < 1 or config.batch_size < 1:
@@ -62,26 +70,68 @@ def run(config: GenerateConfig) -> dict[str, object]:
     labels = None if config.label is None else torch.full((config.count,), config.label)
     model.class_ids(labels, config.count)  # a wrong label is refused before anything is written
     _claim(config, module_fingerprint(model))
+    for leftover in config.out.glob(".*.png.tmp"):  # of a run that was killed
+        leftover.unlink()
     paths = [config.out / f"{index:06d}.png" for index in range(config.count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     starts = sorted({index // config.batch_size * config.batch_size for index in missing})
-    for first in progress(starts, "generate"):
-        part = slice(first, min(first + config.batch_size, config.count))
-        with torch.no_grad(), precision_context(config.precision, device):
-            ids = generate_ids(
-                model,
-                part.stop - part.start,
-                labels_B=None if labels is None else labels[part],
-                config=config.sampler,
-                seed=config.seed,
-                first_sample=first,
-            )
-            images = model.tokenizer.decode(ids)
-        for image, path in zip(images, paths[part], strict=True):
-            save_png(image, path)
+    decode = Decoding(model, config.sampler)
+    with PNGWriter() as writer:
+        for first in progress(starts, "generate"):
+            part = slice(first, min(first + config.batch_size, config.count))
+            with torch.no_grad(), precision_context(config.precision, device):
+                ids_BL = decode(
+                    part.stop - part.start,
+                    labels_B=None if labels is None else labels[part],
+                    seed=config.seed,
+                    first_sample=first,
+                )
+                images_B3HW = to_uint8(model.tokenizer.decode(ids_BL))
+            writer.write(images_B3HW, paths[part])
     if missing and missing[0] < GRID_IMAGES:
         _grid(paths[:GRID_IMAGES], config.out / "grid.png")
     return {"images": config.count, "new": len(missing), "out": str(config.out)}
+
+
+class PNGWriter:
+    """Compresses and writes batches of images in threads, while the next batch is computed.
+
+    A batch waits until the one before it is written: two are in memory at most. As a context manager it
+    ends when all files are there, or at the first error.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._pending: list[Future[None]] = []
+
+    def write(self, images_BCHW: Tensor, paths: Sequence[Path]) -> None:
+        """Begin to write uint8 images; files that are there stay.
+
+        Raises:
+            OSError: a file of an earlier batch could not be written.
+        """
+        self._wait()
+        self._pending = [
+            self._pool.submit(save_png, image, path)
+            for image, path in zip(images_BCHW, paths, strict=True)
+            if not path.exists()
+        ]
+
+    def _wait(self) -> None:
+        for written in self._pending:
+            written.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _claim(config: GenerateConfig, fingerprint: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from mage_fast.config import MAGEConfig
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
 from mage_fast.tokenizer import VQGAN
+from mage_fast.training.precision import autocast
 
 Precision = Literal["fp32", "bf16"]
 
@@ -58,7 +59,7 @@ def _is_tokenizer(folder: Path) -> bool:
 
 def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager:
     """bfloat16 autocast, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return autocast(precision, device)
 
 
 def preset(name: str, tokenizer: VQGAN, **changes: object) -> MAGEConfig:

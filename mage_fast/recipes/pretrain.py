@@ -12,18 +12,20 @@ import torch
 from mage_fast.errors import InputError
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
-from mage_fast.recipes.loading import Precision, load_tokenizer, precision_context, preset
+from mage_fast.recipes.loading import load_tokenizer, preset
 from mage_fast.recipes.pictures import loss_curve, read_metrics, write_grid
 from mage_fast.sampler import SamplerConfig, generate
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
 from mage_fast.training.logs import METRICS_FILE, RunLogger
 from mage_fast.training.loop import train
-from mage_fast.training.optim import build_adamw, clip_gradients
+from mage_fast.training.optim import build_adamw
+from mage_fast.training.precision import Precision
 from mage_fast.training.run import Run, pick_device
 from mage_fast.training.run_state import module_fingerprint
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 from mage_fast.training.sources import TokenSource
+from mage_fast.training.step import TrainStep
 
 SAMPLES = "samples.png"
 #: Settings that may change when a run goes on.
@@ -111,7 +113,7 @@ class PretrainConfig:
     workers: int = 0
     #: auto, cpu, cuda or cuda:N.
     device: str = "auto"
-    #: bf16: autocast; parameters stay float32.
+    #: bf16 and fp16: autocast; parameters stay float32. fp16 scales the loss against underflow.
     precision: Precision = "fp32"
     #: Steps between logs.
     log_every: int = 10
@@ -159,6 +161,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = MAGE(sizes, tokenizer).to(device)
     optimizer = build_adamw(model, highest_lr, weight_decay=config.weight_decay)
+    train_step = TrainStep(model, optimizer, clip_norm=config.clip_norm, precision=config.precision)
+    scaled = {} if train_step.loss_scale is None else {"loss_scale": train_step.loss_scale}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     folder = Run(
         config.out,
@@ -167,21 +171,14 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         | {"model": sizes.to_dict(), "tokenizer_fingerprint": fingerprint},
         model=model,
         optimizer=optimizer,
+        **scaled,
     )
     start_step = folder.resume()
-    trained = [p for p in model.parameters() if p.requires_grad]
 
     def step_fn(batch: Batch, step: int) -> dict[str, Any]:
         lr = cosine_lr(step, total_steps=total_steps, warmup_steps=warmup_steps, base_lr=highest_lr)
         set_lr(optimizer, lr)
-        optimizer.zero_grad(set_to_none=True)
-        with precision_context(config.precision, device):
-            inputs = batch.inputs.to(device, non_blocking=True)
-            loss = model(inputs, rng_state=rng.new_state(config.seed, step)).loss
-        loss.backward()
-        norm = clip_gradients(trained, config.clip_norm)
-        optimizer.step()
-        return {"loss": loss, "gradient_norm": norm, "lr": lr}
+        return train_step(batch.inputs, rng_state=rng.new_state(config.seed, step)) | {"lr": lr}
 
     model.train()
     with RunLogger(
@@ -206,7 +203,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
             start_step=start_step,
             log_every=config.log_every,
             save_every_seconds=config.save_every_seconds,
-            finite=("loss", "gradient_norm"),
+            # a loss scale skips steps whose gradients overflow
+            finite=("loss",) if scaled else ("loss", "gradient_norm"),
         )
     finished_before = start_step == total_steps and (config.out / SAMPLES).exists()
     if result.step == total_steps and not finished_before:

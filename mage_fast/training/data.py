@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -63,22 +63,25 @@ def open_source(
 
 
 class Batch(NamedTuple):
-    """float32 images [B, 3, H, W] in [0, 1] or int64 ids [B, L]; labels; the items' indices."""
+    """float32 images [B, 3, H, W] in [0, 1] or ids [B, L], uint16 or int32; labels; the items' indices."""
 
-    inputs: Float[Tensor, "B 3 H W"] | Int64[Tensor, "B L"]
+    inputs: Float[Tensor, "B 3 H W"] | Integer[Tensor, "B L"]
     labels: Int64[Tensor, " B"]
     indices: Int64[Tensor, " B"]
 
 
-def steps_per_epoch(source: Source, batch_size: int, *, drop_last: bool = True) -> int:
-    """Batches an epoch.
+def steps_per_epoch(
+    source: Source, batch_size: int, *, drop_last: bool = True, items: range | None = None
+) -> int:
+    """Batches an epoch, of the whole source or of some items.
 
     Raises:
         InputError: there would be none.
     """
-    steps = len(source) // batch_size if drop_last else -(-len(source) // batch_size)
+    count = len(source) if items is None else len(items)
+    steps = count // batch_size if drop_last else -(-count // batch_size)
     if steps < 1:
-        raise InputError(f"{source.spec} has {len(source)} items, wanted at least batch_size {batch_size}")
+        raise InputError(f"{source.spec} has {count} items, wanted at least batch_size {batch_size}")
     return steps
 
 
@@ -87,6 +90,7 @@ def batches(
     batch_size: int,
     *,
     image_size: int | None = None,
+    items: range | None = None,
     seed: int = 0,
     epoch: int = 0,
     start_step: int = 0,
@@ -109,6 +113,7 @@ def batches(
         source: see :func:`open_source`.
         batch_size: items a batch.
         image_size: pixels along a side of the images made; the source's own by default.
+        items: the part of the source to iterate over; all of it by default.
         seed: of order and augmentation, 0 or more.
         epoch: first epoch.
         start_step: first batch of that epoch; may exceed an epoch's length (then it counts on).
@@ -130,7 +135,7 @@ def batches(
             f"batches: batch_size {batch_size}, image_size {image_size}, seed {seed}, epoch {epoch}, "
             f"start_step {start_step}, workers {workers}: wanted 1 or more twice, then 0 or more"
         )
-    steps = steps_per_epoch(source, batch_size, drop_last=drop_last)
+    steps = steps_per_epoch(source, batch_size, drop_last=drop_last, items=items)
     augmentation = named(augment)
     if not source.can_flip:
         augmentation = without_flip(augmentation)
@@ -144,7 +149,7 @@ def batches(
         drop=(on_bad_file or ("drop", "substitute")[shuffle]) == "drop",
     )
     order = _Order(
-        len(source),
+        items or range(len(source)),
         batch_size,
         steps=steps,
         first=epoch * steps + start_step,
@@ -171,25 +176,25 @@ def training_batches(
     return batches(source, batch_size, start_step=step, epochs=None, **options)  # type: ignore[arg-type]
 
 
-class _Order(Sampler[tuple[int, list[int]]]):
+class _Order(Sampler[tuple[int, np.ndarray]]):
     """(epoch, indices of a batch), from global step ``first`` up to ``stop``."""
 
     def __init__(
-        self, items: int, batch_size: int, *, steps: int, first: int, stop: int | None, seed: int | None
+        self, items: range, batch_size: int, *, steps: int, first: int, stop: int | None, seed: int | None
     ) -> None:
         self.items, self.batch_size, self.steps = items, batch_size, steps
         self.first, self.stop, self.seed = first, stop, seed
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         step, epoch = self.first, -1
         while self.stop is None or step < self.stop:
             if step // self.steps != epoch:
                 epoch = step // self.steps
-                order = np.arange(self.items)
+                order = np.arange(self.items.start, self.items.stop, self.items.step)
                 if self.seed is not None:
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.items)
+                    order = order[np.random.default_rng((self.seed, epoch)).permutation(len(order))]
             start = step % self.steps * self.batch_size
-            yield epoch, order[start : start + self.batch_size].tolist()
+            yield epoch, order[start : start + self.batch_size].copy()
             step += 1
 
 
@@ -213,7 +218,7 @@ class _Batches(Dataset[_Received]):
     drop: bool
     bad: dict[int, str] = field(default_factory=dict)
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> _Received:
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> _Received:
         epoch, indices = request
         known = set(self.bad)
         try:
@@ -223,19 +228,19 @@ class _Batches(Dataset[_Received]):
         found = {self.source.name(index): self.bad[index] for index in self.bad.keys() - known}
         return _Received(batch, found)
 
-    def _batch(self, epoch: int, indices: list[int]) -> Batch:
+    def _batch(self, epoch: int, indices: np.ndarray) -> Batch:
         if self.source.kind == "tokens":
-            inputs = torch.from_numpy(self.source.tokens(np.array(indices), epoch))
+            inputs = torch.from_numpy(self.source.tokens(indices, epoch))
         else:
             images, used = [], []
-            for index in indices:
+            for index in indices.tolist():
                 if (loaded := self._image(epoch, index)) is not None:
                     images.append(loaded[0])
                     used.append(loaded[1])
-            indices = used
+            indices = np.array(used, dtype=np.int64)
             stacked = np.stack(images) if images else np.empty((0, 3, self.image_size, self.image_size))
             inputs = torch.from_numpy(stacked.astype(np.float32) / np.float32(255))
-        return Batch(inputs, torch.from_numpy(self.source.labels[indices]), torch.tensor(indices).long())
+        return Batch(inputs, torch.from_numpy(self.source.labels[indices]), torch.from_numpy(indices))
 
     def _image(self, epoch: int, index: int) -> tuple[np.ndarray, int] | None:
         """uint8 [3, H, W] and the index it came from: ``index``, or the next one that is readable."""

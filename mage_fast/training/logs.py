@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -119,6 +120,16 @@ def progress(items: Iterable[ItemT], description: str, total: int | None = None)
     """The items, with a progress bar on standard error where that is a terminal."""
     console = Console(stderr=True)
     return track(items, description, total, console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[float], None]]:
+    """A bar as :func:`progress` has it, as a function that takes how much is done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _step(line: str) -> float:

@@ -81,15 +81,17 @@ def to_uint8(images: Float[Tensor, "*any"]) -> UInt8[Tensor, "*any"]:
     return (images.detach().float() * 255).clamp(0, 255).to(torch.uint8).cpu()
 
 
-def save_png(image: Float[Tensor, "C H W"], path: Path | str) -> None:
-    """Write one image in [0, 1], RGB or grey, as :func:`to_uint8` has it.
+def save_png(image: Float[Tensor, "C H W"] | UInt8[Tensor, "C H W"], path: Path | str) -> None:
+    """Write one image in [0, 1], RGB or grey, as :func:`to_uint8` has it, or of bytes as it is.
 
     Raises:
         InputError: not 1 or 3 channels.
+        OSError: the file cannot be written; it names the file.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise InputError(f"save_png: image has shape {tuple(image.shape)}, wanted (1 or 3, height, width)")
-    pixels = to_uint8(image).permute(1, 2, 0).squeeze(2).numpy()
+    levels = image if image.dtype == torch.uint8 else to_uint8(image)
+    pixels = levels.permute(1, 2, 0).squeeze(2).contiguous().numpy()
     with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 

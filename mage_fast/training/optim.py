@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mage_fast.errors import CheckpointError, InputError
+from mage_fast.training.precision import LossScale
 
 
 def adamw_parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:
@@ -66,6 +67,57 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tenso
     if not max_norm > 0:
         raise InputError(f"clip_gradients: max_norm is {max_norm}, wanted more than 0")
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, max_norm: float | None, loss_scale: LossScale | None = None
+) -> Float[Tensor, ""]:
+    """Clip all gradients to a joint L2 norm and step; the norm before that, on the device.
+
+    A fused optimizer divides the gradients as it reads them, which saves a pass over them; the clipped ones
+    are left in ``.grad`` in either case.
+
+    Equivalent PyTorch::
+
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+
+    Args:
+        optimizer: has gradients.
+        max_norm: None clips nothing.
+        loss_scale: gradients are of the loss times this scale, which is updated; a step whose norm is not
+            finite is skipped. The optimizer must be fused.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    divisor = torch.ones_like(norm)
+    if loss_scale is not None:
+        norm = norm / loss_scale.scale
+    if max_norm is not None:
+        divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grad_norm_ has it
+    if not is_fused(optimizer) or norm.dtype == torch.float64:  # fused kernels divide by a float32
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
+        optimizer.step()
+        return norm
+    found_inf = None
+    if loss_scale is not None:
+        found_inf = (~norm.isfinite()).to(torch.float32)
+        divisor = divisor * loss_scale.scale
+    divisor = divisor.to(torch.float32)
+    # where a GradScaler leaves them for the fused kernel
+    optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    if loss_scale is not None and found_inf is not None:
+        loss_scale.update(found_inf)
+    return norm
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's kernel divides gradients itself."""
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 class Ema:

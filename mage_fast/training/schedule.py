@@ -38,6 +38,13 @@ def cosine_lr(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's lr to ``lr`` times the group's ``lr_scale`` (layer-wise decay), 1 by default."""
+    """Set every group's lr to ``lr`` times the group's ``lr_scale`` (layer-wise decay), 1 by default.
+
+    A lr that is a tensor (of an optimizer in a CUDA graph) is filled, without a wait.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        value = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value

@@ -70,7 +70,7 @@ class Source:
         raise NotImplementedError(f"{self.spec} holds {self.kind}")
 
     def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        """int64 ids [B, L] of the view that ``epoch`` shows."""
+        """Ids [B, L], uint16 or int32, of the view that ``epoch`` shows."""
         raise NotImplementedError(f"{self.spec} holds {self.kind}")
 
     def require_size(self, crop: int) -> None:

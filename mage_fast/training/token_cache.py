@@ -2,14 +2,14 @@
 
 A folder with ``index.json`` and, for each shard, ``ids-00000.bin`` (little-endian uint16, or uint32 for a
 codebook over 65535; items x views x length) and ``labels-00000.bin`` (int64). Size and CRC-32 of every file
-stand in the index. The K views of an image are K augmented crops of it: training shows view epoch mod K.
+stand in the index; until the cache is complete, each shard's in a file of its own, ``shard-00000.json``, so
+that processes share the work without sharing a file. The K views of an image are K augmented crops of it:
+training shows view epoch mod K.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,26 +19,31 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from mage_fast.errors import InputError
-from mage_fast.files import atomic_path
-
-FORMAT = "mage_fast.token_cache"
-VERSION = 1
-INDEX = "index.json"
-LABEL_DTYPE = np.dtype("<i8")
-#: Keys of the index beside format and version.
-FIELDS: dict[str, type] = {
-    **dict.fromkeys(("length", "codebook_size", "views", "shard_size"), int),
-    **dict.fromkeys(("tokenizer_fingerprint", "augmentation", "split"), str),
-    **{"class_names": list, "shards": list, "complete": bool},
-}
+from mage_fast.files import atomic_path, write_json
+from mage_fast.training.token_shards import (
+    FORMAT,
+    INDEX,
+    LABEL_DTYPE,
+    VERSION,
+    check_shards,
+    crc32,
+    file_name,
+    id_dtype,
+    map_ids,
+    read_index,
+    read_records,
+    record_name,
+    record_paths,
+)
 
 
 class TokenCacheWriter:
-    """Append items to a cache; opened again after an interruption it goes on at ``next_item``.
+    """Write a cache: by shards, in any order and from any process, or item by item with ``append``.
 
-    Shards appear whole: what was appended since the last full shard is lost when the process dies, and
-    ``next_item`` says so. ``close()`` (or leaving the ``with`` block without an error) writes the last shard
-    and marks the cache as complete; until then it cannot be read.
+    A shard is done when its record is there, which is written last; opened again after an interruption, the
+    writer keeps the shards that are done, and ``missing`` names the others. ``close()`` (or leaving the
+    ``with`` block without an error) marks the cache as complete; until then it cannot be read. Of several
+    processes one opens and closes the writer, and the others get a copy of it (it can be pickled).
 
     Args:
         folder: made if missing.
@@ -79,7 +84,8 @@ class TokenCacheWriter:
         for name in ("length", "codebook_size", "views", "shard_size"):
             if self.settings[name] < 1:
                 raise InputError(f"token cache: {name} is {self.settings[name]}, wanted 1 or more")
-        self._shards: list[dict[str, Any]] = []
+        if codebook_size > 2**31:
+            raise InputError(f"token cache: codebook_size is {codebook_size}, wanted at most {2**31}")
         self._ids: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
         self._buffered = 0
@@ -88,24 +94,63 @@ class TokenCacheWriter:
         if (self.folder / INDEX).exists():
             self._resume()
         else:
-            self._write_index(complete=False)
+            self._write_index([], complete=False)
+        #: Shard that ``append`` fills, and the items before it.
+        self._number, self._before = 0, 0
+        done = self._done()
+        while self._number in done:
+            self._before += done[self._number]["items"]
+            self._number += 1
 
     def _resume(self) -> None:
-        index = _read_index(self.folder)
+        index = read_index(self.folder)
         for key, wanted in self.settings.items():
             if index[key] != wanted:
                 raise InputError(
                     f"token cache {self.folder} was begun with {key} {index[key]!r}, wanted {wanted!r}: "
                     "give the same settings or another folder"
                 )
-        for shard in index["shards"]:
-            _check_shard(self.folder, shard, index, verify=True)
-        self._shards, self.complete = index["shards"], index["complete"]
+        self.complete = index["complete"]
+        check_shards(self.folder, self._done(), index, verify=True)
+        if self.complete:
+            self._remove_records()  # of a process that died before it came to that
+
+    def _done(self) -> dict[int, dict[str, Any]]:
+        """The shards that are done, by number."""
+        if self.complete:
+            return dict(enumerate(read_index(self.folder)["shards"]))
+        return read_records(self.folder)
+
+    def _remove_records(self) -> None:
+        for path in record_paths(self.folder).values():
+            path.unlink()
+
+    def missing(self, items: int) -> list[int]:
+        """Shards of a cache of so many items that are yet to be written; shard n starts at item
+        ``n * shard_size``.
+
+        Raises:
+            InputError: shards that are there were made of another number of items.
+        """
+        size = self.settings["shard_size"]
+        wanted = {first // size: min(size, items - first) for first in range(0, items, size)}
+        done = {number: shard["items"] for number, shard in self._done().items()}
+        missing = sorted(wanted.keys() - done.keys())
+        if (self.complete and missing) or any(wanted.get(number) != done[number] for number in done):
+            raise InputError(
+                f"token cache {self.folder} has shards of {sum(done.values())} items that are not those of "
+                f"{items} items: the data has changed, give another folder"
+            )
+        return missing
+
+    def is_done(self, number: int) -> bool:
+        """Whether a shard is written."""
+        return self.complete or (self.folder / record_name(number)).exists()
 
     @property
     def next_item(self) -> int:
         """Index of the item that ``append`` takes next."""
-        return sum(shard["items"] for shard in self._shards) + self._buffered
+        return self._before + self._buffered
 
     def append(
         self, ids_BKL: Integer[Tensor, "B K L"] | Integer[Tensor, "B L"], labels_B: Integer[Tensor, " B"]
@@ -115,6 +160,34 @@ class TokenCacheWriter:
         Raises:
             InputError: another length or number of views, an id outside the codebook, a complete cache.
         """
+        if self.complete:
+            raise InputError(f"token cache {self.folder} is complete already, wanted a new or unfinished one")
+        ids, labels = self._checked(ids_BKL, labels_B, self.next_item)
+        self._ids.append(ids)
+        self._labels.append(labels)
+        self._buffered += len(ids)
+        while self._buffered >= self.settings["shard_size"]:
+            self._flush(self.settings["shard_size"])
+
+    def write_shard(
+        self,
+        number: int,
+        ids_BKL: Integer[Tensor, "B K L"] | Integer[Tensor, "B L"],
+        labels_B: Integer[Tensor, " B"],
+    ) -> None:
+        """Write the items of shard ``number``, whole; the last shard may have fewer than ``shard_size``.
+
+        Raises:
+            InputError: as ``append``, or no item or too many.
+        """
+        size = self.settings["shard_size"]
+        if not 1 <= len(labels_B) <= size:
+            raise InputError(f"token cache: shard {number} got {len(labels_B)} items, wanted 1 to {size}")
+        ids, labels = self._checked(ids_BKL, labels_B, number * size)
+        self._write(number, ids, labels)
+
+    def _checked(self, ids_BKL: Tensor, labels_B: Tensor, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Both as they are stored."""
         if self.complete:
             raise InputError(f"token cache {self.folder} is complete already, wanted a new or unfinished one")
         views, length = self.settings["views"], self.settings["length"]
@@ -130,40 +203,48 @@ class TokenCacheWriter:
         outside = (ids < 0) | (ids >= self.settings["codebook_size"])
         if outside.any():
             raise InputError(
-                f"token cache: item {self.next_item + int(np.argwhere(outside)[0, 0])} has id "
+                f"token cache: item {first + int(np.argwhere(outside)[0, 0])} has id "
                 f"{ids[outside][0]}, wanted 0 <= id < codebook_size {self.settings['codebook_size']}"
             )
-        self._ids.append(ids.astype(_id_dtype(self.settings["codebook_size"])))
-        self._labels.append(labels)
-        self._buffered += len(ids)
-        while self._buffered >= self.settings["shard_size"]:
-            self._write_shard(self.settings["shard_size"])
+        return ids.astype(id_dtype(self.settings["codebook_size"])), labels
 
-    def _write_shard(self, items: int) -> None:
-        ids, labels = np.concatenate(self._ids), np.concatenate(self._labels)
-        number = len(self._shards)
-        shard: dict[str, Any] = {"items": items}
+    def _write(self, number: int, ids: np.ndarray, labels: np.ndarray) -> None:
+        record: dict[str, Any] = {"items": len(ids)}
         for part, array in (("ids", ids), ("labels", labels)):
-            name, data = f"{part}-{number:05d}.bin", array[:items].tobytes()
+            name, data = file_name(part, number), array.tobytes()
             with atomic_path(self.folder / name) as temporary:
                 temporary.write_bytes(data)
-            shard[part] = {"file": name, "bytes": len(data), "crc32": _crc32(data)}
-        self._shards.append(shard)
-        self._ids, self._labels, self._buffered = [ids[items:]], [labels[items:]], self._buffered - items
-        self._write_index(complete=False)
+            record[part] = {"file": name, "bytes": len(data), "crc32": crc32(data)}
+        write_json(self.folder / record_name(number), record)
 
-    def _write_index(self, *, complete: bool) -> None:
+    def _flush(self, items: int) -> None:
+        ids, labels = np.concatenate(self._ids), np.concatenate(self._labels)
+        self._write(self._number, ids[:items], labels[:items])
+        self._ids, self._labels, self._buffered = [ids[items:]], [labels[items:]], self._buffered - items
+        self._number, self._before = self._number + 1, self._before + items
+
+    def _write_index(self, shards: list[dict[str, Any]], *, complete: bool) -> None:
         index = {"format": FORMAT, "version": VERSION, "complete": complete, **self.settings}
         with atomic_path(self.folder / INDEX) as temporary:
-            temporary.write_text(json.dumps(index | {"shards": self._shards}, indent=1) + "\n")
+            temporary.write_text(json.dumps(index | {"shards": shards}, indent=1) + "\n")
 
     def close(self) -> None:
-        """Write what is left and mark the cache as complete."""
+        """Write what is left and mark the cache as complete.
+
+        Raises:
+            InputError: a shard is missing.
+        """
+        if self.complete:
+            return
         if self._buffered:
-            self._write_shard(self._buffered)
-        if not self.complete:
-            self._write_index(complete=True)
-            self.complete = True
+            self._flush(self._buffered)
+        records = read_records(self.folder)
+        for number in range(len(records)):
+            if number not in records:
+                raise InputError(f"token cache {self.folder}: shard {number} is missing, wanted all of them")
+        self._write_index([records[number] for number in range(len(records))], complete=True)
+        self.complete = True
+        self._remove_records()
 
     def __enter__(self) -> Self:
         return self
@@ -185,9 +266,9 @@ class TokenCache:
 
     def __init__(self, folder: Path | str, *, verify: bool = True) -> None:
         self.folder = Path(folder)
-        index = _read_index(self.folder)
+        index = read_index(self.folder)
         if not index["complete"]:
-            done = sum(shard["items"] for shard in index["shards"])
+            done = sum(record["items"] for record in read_records(self.folder).values())
             raise InputError(
                 f"token cache {self.folder} is unfinished ({done} items): tokenize again to go on"
             )
@@ -198,9 +279,8 @@ class TokenCache:
         self.augmentation: str = index["augmentation"]
         self.class_names: tuple[str, ...] = tuple(index["class_names"])
         self.split: str = index["split"]
-        for shard in index["shards"]:
-            _check_shard(self.folder, shard, index, verify=verify)
-        self._maps = [_map(self.folder, shard, index) for shard in index["shards"]]
+        check_shards(self.folder, dict(enumerate(index["shards"])), index, verify=verify)
+        self._maps = [map_ids(self.folder, shard, index) for shard in index["shards"]]
         labels = [np.fromfile(self.folder / s["labels"]["file"], LABEL_DTYPE) for s in index["shards"]]
         self.labels: np.ndarray = np.concatenate([np.empty(0, LABEL_DTYPE), *labels])
         self._first = np.cumsum([0, *(shard["items"] for shard in index["shards"])])
@@ -209,7 +289,7 @@ class TokenCache:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray | Sequence[int], view: int = 0) -> np.ndarray:
-        """int64 ids [B, L] of one view of some items.
+        """Ids [B, L] of one view of some items, uint16, or int32 for a codebook over 65535.
 
         Raises:
             InputError: an index or a view that does not exist.
@@ -221,11 +301,13 @@ class TokenCache:
             raise InputError(
                 f"token cache: indices reach from {items.min()} to {items.max()}, wanted 0 to {len(self) - 1}"
             )
-        ids = np.empty((len(items), self.length), dtype=np.int64)
+        ids = np.empty((len(items), self.length), dtype=id_dtype(self.codebook_size))
         shard_of_item = np.searchsorted(self._first, items, side="right") - 1
-        for shard in np.unique(shard_of_item):
-            mine = shard_of_item == shard
-            ids[mine] = self._maps[shard][items[mine] - self._first[shard], view]
+        rows = (items - self._first[shard_of_item]) * self.views + view
+        by_shard = np.argsort(shard_of_item, kind="stable")
+        for mine in np.split(by_shard, np.flatnonzero(np.diff(shard_of_item[by_shard])) + 1):
+            if mine.size:
+                ids[mine] = self._maps[shard_of_item[mine[0]]].take(rows[mine], axis=0)
         return ids
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -234,69 +316,3 @@ class TokenCache:
 
 def _reopen(folder: Path) -> TokenCache:
     return TokenCache(folder, verify=False)
-
-
-def _id_dtype(codebook_size: int) -> np.dtype:
-    return np.dtype("<u2" if codebook_size <= 65535 else "<u4")
-
-
-def _crc32(data: bytes | memoryview) -> str:
-    return f"{zlib.crc32(data):08x}"
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise InputError(f"there is no token cache in {folder} (no {INDEX})")
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"token cache: {path} is damaged ({error})") from error
-    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-        got = (index.get("format"), index.get("version")) if isinstance(index, dict) else type(index).__name__
-        raise InputError(f"token cache: {path} is {got}, wanted {(FORMAT, VERSION)}")
-    for key, kind in FIELDS.items():
-        value: Any = index.get(key)
-        if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
-            raise InputError(f"token cache: {path} has {key} {value!r}, wanted a valid {kind.__name__}")
-    return index
-
-
-def _check_shard(folder: Path, shard: Any, index: dict[str, Any], *, verify: bool) -> None:
-    """Names, sizes and, with ``verify``, checksums and ids of a shard's two files."""
-    try:
-        items = int(shard["items"])
-        parts = [(p, shard[p]["file"], int(shard[p]["bytes"]), shard[p]["crc32"]) for p in ("ids", "labels")]
-        if items < 1:
-            raise ValueError(items)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"token cache: {folder / INDEX} has a damaged shard entry {shard!r}") from error
-    row = index["views"] * index["length"] * _id_dtype(index["codebook_size"]).itemsize
-    for part, name, size, crc32 in parts:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+\.bin", name):
-            raise InputError(f"token cache: shard name {name!r} in {folder / INDEX} is not a plain file name")
-        path = folder / name
-        wanted = items * (row if part == "ids" else LABEL_DTYPE.itemsize)
-        if path.is_symlink() or not path.is_file():
-            raise InputError(
-                f"token cache: shard {path} is missing or a link, wanted a file of {wanted} bytes"
-            )
-        if not path.stat().st_size == size == wanted:
-            raise InputError(
-                f"token cache: shard {path} has {path.stat().st_size} bytes, wanted {wanted} ({items} items)"
-            )
-        if verify:
-            data = np.fromfile(path, np.uint8)
-            if _crc32(data.data) != crc32:
-                raise InputError(f"token cache: shard {path} has CRC-32 {_crc32(data.data)}, wanted {crc32}")
-            ids = data.view(_id_dtype(index["codebook_size"])) if part == "ids" else data[:0]
-            if ids.size and ids.max() >= index["codebook_size"]:
-                raise InputError(
-                    f"token cache: shard {path} holds id {ids.max()}, wanted below {index['codebook_size']}"
-                )
-
-
-def _map(folder: Path, shard: dict[str, Any], index: dict[str, Any]) -> np.ndarray:
-    shape = (shard["items"], index["views"], index["length"])
-    ids = np.memmap(folder / shard["ids"]["file"], _id_dtype(index["codebook_size"]), mode="r", shape=shape)
-    return np.asarray(ids)  # the plain class indexes faster

@@ -22,30 +22,43 @@ def oracle(
     *,
     total_masked: int,
     total_kept: int,
+    total_visible: int,
     max_seqlen: int,
     stream: int = 0,
 ) -> tuple[Tensor, ...]:
     """A loop over tokens, in the order of their random words."""
     words = rng.words(rng_state, stream, len(num_masked_B), length).tolist()
     positions, cu_seqlens, index, source, is_masked = [], [0], [], [], []
+    visible, visible_cu_seqlens = [], [0]
     counts = zip(words, num_masked_B.tolist(), num_dropped_B.tolist(), strict=True)
     for b, (words_L, num_masked, num_dropped) in enumerate(counts):
         order = sorted(range(length), key=lambda token: (words_L[token], token))
         masked, dropped = set(order[:num_masked]), set(order[:num_dropped])
         for p in range(length + 1):
-            source.append(-1 if p - 1 in masked else len(positions))
+            source.append(-1 if p - 1 in masked else len(visible))
+            if p - 1 not in masked:
+                visible.append(len(positions))
             if p - 1 not in dropped:
                 positions.append(b * (length + 1) + p)
         index += [b * length + token for token in sorted(masked)]
         is_masked += [token in masked for token in range(length)]
         cu_seqlens.append(len(positions))
+        visible_cu_seqlens.append(len(visible))
     index += [-1] * (total_masked - len(index))
+    visible += [0] * (total_visible - len(visible))
     assert len(positions) == total_kept
-    integers = (torch.tensor(x, dtype=torch.int32) for x in (positions, cu_seqlens, index))
+
+    def integers(x: list[int]) -> Tensor:
+        return torch.tensor(x, dtype=torch.int32)
+
     return (
-        *integers,
-        torch.tensor(source, dtype=torch.int32).view(-1, length + 1),
+        integers(positions),
+        integers(cu_seqlens),
+        integers(index),
+        integers(source).view(-1, length + 1),
         torch.tensor(is_masked, dtype=torch.bool).view(-1, length),
+        integers(visible),
+        integers(visible_cu_seqlens),
     )
 
 
@@ -64,8 +77,10 @@ class TestMaskPlan(ExactOpSuite):
             {"num_dropped_B": torch.tensor([5, 3, 4])},
             "num_dropped is over num_masked",
         ),
-        "total": ({"total_masked": 15}, r"is \(14, 15, 5\), the counts give \(\d+, \d+, 5\)"),
-        "longest": ({"max_seqlen": 4}, r"is \(\d+, \d+, 4\), the counts give \(\d+, \d+, 5\)"),
+        "total": ({"total_masked": 15}, r"is \(14, 15, 8, 5\), the counts give \(14, 16, 8, 5\)"),
+        "visible": ({"total_visible": 7}, r"is \(14, 16, 7, 5\), the counts give \(14, 16, 8, 5\)"),
+        "not all visible": ({"total_visible": None}, r"is \(14, 16, None, 5\), the counts give"),
+        "longest": ({"max_seqlen": 4}, r"is \(14, 16, 8, 4\), the counts give \(14, 16, 8, 5\)"),
         "counts' shape": (
             {"num_dropped_B": torch.tensor([1])},
             r"num_dropped has shape \(1,\), wanted \(3,\)",
@@ -76,11 +91,25 @@ class TestMaskPlan(ExactOpSuite):
     }
 
     def test_rows_to_spare(self, target: Target) -> None:
-        """A greater total, as a captured graph wants it, fills up with -1."""
+        """Greater totals, as a captured graph wants them, fill up with -1, and with row 0."""
         inputs = self.specs()[0].inputs(device=target.device)
         inputs["total_masked"] += 3
+        inputs["total_visible"] += 2
         self.check(self.function(target), inputs)
-        assert self.function(target)(**inputs).masked_index_N[-3:].tolist() == [-1] * 3
+        plan = self.function(target)(**inputs)
+        assert plan.masked_index_N[-3:].tolist() == [-1] * 3
+        assert plan.visible_V is not None
+        assert plan.visible_V[-2:].tolist() == [0] * 2
+
+    def test_all_rows_visible(self, target: Target) -> None:
+        """Where all masked tokens are dropped, packed and visible rows are the same."""
+        inputs = Spec("same", 3, 7, (2, 7), (2, 7)).inputs(device=target.device)
+        plan = self.function(target)(**inputs | {"total_visible": None})
+        assert plan.visible_V is None
+        assert torch.equal(plan.visible_cu_seqlens, plan.cu_seqlens)
+        visible_V = self.function(target)(**inputs).visible_V
+        assert visible_V is not None
+        assert visible_V.tolist() == list(range(inputs["total_kept"]))
 
     def test_offsets_add_up_over_blocks_of_samples(
         self, target: Target, monkeypatch: pytest.MonkeyPatch
@@ -89,13 +118,14 @@ class TestMaskPlan(ExactOpSuite):
             monkeypatch.setattr(dispatch._find("mask_plan", "triton"), "_SAMPLES", 4)
         inputs = Spec("drawn", 13, 5, (0, 5), (0, 5)).inputs(device=target.device)
         inputs["total_masked"] += 100
+        inputs["total_visible"] += 100
         self.check(self.function(target), inputs)
 
     @pytest.mark.parametrize("counts", [(9, 3), (3, 0), (0, -2)])
     def test_wrong_counts_write_nothing_outside(self, target: Target, counts: tuple[int, int]) -> None:
         """On a GPU nobody looks at the counts: they are cut to the length and the totals hold."""
         masked, dropped = (torch.tensor([count] * 3, device=target.device) for count in counts)
-        args = (rng.new_state(0, device=target.device), masked, dropped, 7, 10, 20, 0)
+        args = (rng.new_state(0, device=target.device), masked, dropped, 7, 10, 20, 6, 0)
         wanted = torch.ops.mage_fast.mask_plan(*args, "reference")
         got = torch.ops.mage_fast.mask_plan(*args, target.implementation)
         assert_equal(dict(enumerate(got)), dict(enumerate(wanted)))
@@ -115,7 +145,7 @@ class TestMaskPlan(ExactOpSuite):
         inputs = Spec("drawn", 4, 29, (5, 25), (2, 20)).inputs(device=target.device)
         wanted = oracle(**inputs)
         got = self.function(target)(**inputs)
-        assert_equal(dict(enumerate(got[:5])), dict(enumerate(wanted)))
+        assert_equal(dict(enumerate(got[:7])), dict(enumerate(wanted)))
 
     def test_equal_words_in_a_long_sample(self, target: Target) -> None:
         """Of 2**18 words of 32 bits some are equal; a count that ends between two takes the first of them."""
@@ -127,7 +157,7 @@ class TestMaskPlan(ExactOpSuite):
             count = torch.tensor([tie + 1], device=target.device)
             plan = self.function(target)(
                 rng_state=state, num_masked_B=count, num_dropped_B=count, length=length,
-                total_masked=tie + 1, total_kept=length - tie, max_seqlen=length,
+                total_masked=tie + 1, total_kept=length - tie, total_visible=None, max_seqlen=length,
             )  # fmt: skip
             assert torch.equal(plan.masked_index_N, order[: tie + 1].sort().values.int())
 
@@ -141,7 +171,7 @@ def test_longer_samples_go_to_the_reference(length: int, reason: str | None) -> 
         pytest.skip(module)
     counts = torch.tensor([1])
     state = rng.new_state(0)
-    assert module.unsupported("mask_plan", state, counts, counts, length, 1, length, 0) == reason
+    assert module.unsupported("mask_plan", state, counts, counts, length, 1, length, 0, 0) == reason
 
 
 def draw(masked: list[int], dropped: list[int], length: int, seed: int = 0, step: int = 0) -> MaskPlan:
@@ -152,6 +182,7 @@ def draw(masked: list[int], dropped: list[int], length: int, seed: int = 0, step
         length,
         total_masked=sum(masked),
         total_kept=(length + 1) * len(masked) - sum(dropped),
+        total_visible=(length + 1) * len(masked) - sum(masked),
         max_seqlen=length + 1 - min(dropped),
     )
 
@@ -175,6 +206,10 @@ def test_indices_say_the_same_as_a_loop_over_tokens(
     assert plan.masked_index_N.tolist() == plan.is_masked_BL.flatten().nonzero().flatten().tolist()
     assert plan.cu_seqlens.diff().tolist() == [length + 1 - d for d in dropped]
     assert positions == sorted(positions)
+    assert plan.visible_V is not None
+    visible_V = plan.visible_V.tolist()
+    assert visible_V == sorted(set(visible_V))
+    assert plan.visible_cu_seqlens.tolist() == [row[0] for row in source] + [len(visible_V)]
     for b in range(len(masked)):
         rows = range(int(plan.cu_seqlens[b]), int(plan.cu_seqlens[b + 1]))
         kept = [positions[row] - b * (length + 1) for row in rows]
@@ -183,7 +218,7 @@ def test_indices_say_the_same_as_a_loop_over_tokens(
             visible = p == 0 or not plan.is_masked_BL[b, p - 1]
             assert (source[b][p] >= 0) == visible
             if visible:  # a visible token is kept, and its source is its own packed row
-                assert kept[source[b][p] - rows.start] == p
+                assert kept[visible_V[source[b][p]] - rows.start] == p
 
 
 def test_dropped_tokens_are_the_first_masked_of_the_same_order() -> None:
@@ -216,10 +251,15 @@ def test_step_and_seed_change_the_plan_and_nothing_else_does() -> None:
 @pytest.mark.parametrize("drop_masked", [False, True])
 def test_plan_of_a_given_mask(drop_masked: bool) -> None:
     mask = torch.tensor([[True, False, True], [False, False, False]])
-    plan = plan_of_mask(mask, mask.sum(1), drop_masked=drop_masked)
+    dropped = (mask, mask.sum(1).tolist()) if drop_masked else (None, None)
+    plan = plan_of_mask(mask, mask.sum(1).tolist(), *dropped)
     assert plan.cu_seqlens.tolist() == ([0, 2, 6] if drop_masked else [0, 4, 8])
     assert plan.positions_T.tolist() == ([0, 2, 4, 5, 6, 7] if drop_masked else list(range(8)))
-    assert plan.source_BS.tolist() == (
-        [[0, -1, 1, -1], [2, 3, 4, 5]] if drop_masked else [[0, -1, 2, -1], [4, 5, 6, 7]]
-    )
+    assert plan.source_BS.tolist() == [[0, -1, 1, -1], [2, 3, 4, 5]]
+    assert plan.visible_cu_seqlens.tolist() == [0, 2, 6]
+    if drop_masked:
+        assert plan.visible_V is None
+    else:
+        assert plan.visible_V is not None
+        assert plan.visible_V.tolist() == [0, 2, 4, 5, 6, 7]
     assert plan.max_seqlen == 4

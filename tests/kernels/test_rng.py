@@ -47,7 +47,7 @@ def test_words_layout(seed: int, step: int, stream: int, rows: int, columns: int
         [python_block(seed, step, stream, first_row + b, e // 4)[e % 4] for e in range(columns)]
         for b in range(rows)
     ]
-    got = rng.words(state(seed, step), stream, rows, columns, first_row)
+    got = rng.words(state(seed, step), stream, first_row + torch.arange(rows), columns)
     assert (got.dtype, got.shape) == (torch.int64, (rows, columns))
     assert got.tolist() == wanted
 
@@ -55,7 +55,7 @@ def test_words_layout(seed: int, step: int, stream: int, rows: int, columns: int
 def test_numbers_belong_to_the_sample() -> None:
     """A batch that starts at sample 2 draws what samples 2 and 3 draw in a batch of 5."""
     for draw in (rng.words, rng.uniform, rng.gumbel):
-        assert torch.equal(draw(state(), 5, 5, 7)[2:4], draw(state(), 5, 2, 7, first_row=2))
+        assert torch.equal(draw(state(), 5, 5, 7)[2:4], draw(state(), 5, torch.tensor([2, 3]), 7))
 
 
 def signed(value: int, bits: int) -> int:

@@ -23,10 +23,10 @@ def mask_plan(device: str, state: Tensor) -> list[Tensor]:
     masked = torch.tensor([45, 20, 30, 0], device=device)
     dropped = torch.tensor([20, 20, 5, 0], device=device)
     plan = ops.mask_plan(
-        state, masked, dropped, LENGTH, total_masked=95, total_kept=4 * 46 - 45, max_seqlen=46,
-        stream=rng.stream(Stream.MASK_PLAN),
+        state, masked, dropped, LENGTH, total_masked=95, total_kept=4 * 46 - 45, total_visible=4 * 46 - 95,
+        max_seqlen=46, stream=rng.stream(Stream.MASK_PLAN),
     )  # fmt: skip
-    return [plan.positions_T, plan.cu_seqlens, plan.masked_index_N, plan.source_BS, plan.is_masked_BL]
+    return [x for x in plan if isinstance(x, Tensor)]
 
 
 def embedding_dropout(device: str, state: Tensor) -> list[Tensor]:
@@ -80,7 +80,7 @@ def samples(device: str, state: Tensor) -> list[Tensor]:
     return list(
         ops.sample_confident(
             logits, ids, masked, mask_token_id=40, choice_temperature=4.5, rng_state=state, stream=2,
-            first_sample=5,
+            samples_B=torch.tensor([5, 2**31, 0], device=device),
         )
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""sample_confident: its law, its confidence order, and what it must never touch."""
+"""sample_confident: every implementation's ids, one by one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from mage_fast.kernels import dispatch, rng
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
-from mage_fast.kernels.ops.sample_confident.specs import SPECS, Spec
+from mage_fast.kernels.ops.sample_confident.specs import SPECS, Spec, packed
 from mage_fast.kernels.rng import Stream
-from tests.kernels.suite import ExactOpSuite, Target, results_by_threads, tensors
+from tests.kernels.suite import ExactOpSuite, Target, results_by_threads, tensors, transposed
 
 MASK = 99
 #: Scores that differ by less are a tie: a few units in the last place of noise of up to 17.
@@ -36,8 +34,19 @@ def filtered(logits_C: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.full_like(logits_C, -math.inf).index_copy(0, torch.tensor(kept), logits_C[kept])
 
 
+def dense(logits_NC: Tensor, rows_BL: Tensor | None, ids_BL: Tensor, mask_token_id: int) -> Tensor:
+    """Logits ``[B, L, C]`` on the CPU; 0 where a token is known and has no row."""
+    x_NC = logits_NC.cpu()
+    if rows_BL is None:
+        return x_NC
+    x_BLC = x_NC.new_zeros(*ids_BL.shape, x_NC.shape[1])
+    for b, token in (ids_BL == mask_token_id).nonzero().tolist():
+        x_BLC[b, token] = x_NC[rows_BL[b, token]]
+    return x_BLC
+
+
 def perturbed(
-    logits_BLC: Tensor,
+    logits_NC: Tensor,
     ids_BL: Tensor,
     *,
     mask_token_id: int,
@@ -46,37 +55,42 @@ def perturbed(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    guidance_logits_BLC: Tensor | None = None,
+    guidance_logits_NC: Tensor | None = None,
     guidance_scale: float = 0.0,
+    rows_BL: Tensor | None = None,
+    samples_B: Tensor | None = None,
     stream: int = 0,
-    first_sample: int = 0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Of every token, the codes' scores (the largest is drawn), and of every code, were it drawn, the
     confidence; on the CPU.
     """
-    x_BLC = logits_BLC.cpu().to(torch.promote_types(logits_BLC.dtype, torch.float32))
+    x_BLC = dense(logits_NC, rows_BL, ids_BL, mask_token_id)
+    x_BLC = x_BLC.to(torch.promote_types(x_BLC.dtype, torch.float32))
     batch, length, codes = x_BLC.shape
-    if guidance_logits_BLC is not None:
-        x_BLC = x_BLC + guidance_scale * (x_BLC - guidance_logits_BLC.cpu().to(x_BLC.dtype))
+    if guidance_logits_NC is not None:
+        x_BLC = x_BLC + guidance_scale * (
+            x_BLC - dense(guidance_logits_NC, rows_BL, ids_BL, mask_token_id).to(x_BLC.dtype)
+        )
     x_BLC = x_BLC / temperature
     if top_k or top_p < 1:
         unknown_BL = (ids_BL == mask_token_id).cpu()
         for b, token in unknown_BL.nonzero().tolist():
             x_BLC[b, token] = filtered(x_BLC[b, token], top_k, top_p)
     state = rng_state.cpu()
-    noise_BLC = rng.gumbel(
-        state, rng.stream(Stream.SAMPLE_ID, stream), batch, length * codes, first_sample
-    ).view_as(x_BLC)
-    noise_BL = rng.gumbel(state, rng.stream(Stream.SAMPLE_CONFIDENCE, stream), batch, length, first_sample)
+    samples_B = torch.arange(batch) if samples_B is None else samples_B.cpu()
+    noise_BLC = rng.gumbel(state, rng.stream(Stream.SAMPLE_ID, stream), samples_B, length * codes).view_as(
+        x_BLC
+    )
+    noise_BL = rng.gumbel(state, rng.stream(Stream.SAMPLE_CONFIDENCE, stream), samples_B, length)
     return x_BLC + noise_BLC, x_BLC.log_softmax(2) + choice_temperature * noise_BL[..., None]
 
 
-def oracle(logits_BLC: Tensor, ids_BL: Tensor, num_masked_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def oracle(logits_NC: Tensor, ids_BL: Tensor, num_masked_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """A loop over samples, and over their unknown tokens in the order of confidence."""
     mask_token_id = options["mask_token_id"]
     sampled, following = ids_BL.clone(), ids_BL.clone()
-    scores_BLC, confidence_BLC = perturbed(logits_BLC, ids_BL, **options)
+    scores_BLC, confidence_BLC = perturbed(logits_NC, ids_BL, **options)
     for b, (scores_LC, confidence_LC) in enumerate(zip(scores_BLC, confidence_BLC, strict=True)):
         drawn = scores_LC.argmax(1).tolist()
         confidence = [float(confidence_LC[token, code]) for token, code in enumerate(drawn)]
@@ -93,7 +107,7 @@ class TestSampleConfident(ExactOpSuite):
     op = "sample_confident"
     oracle = staticmethod(oracle)
     bad = {  # noqa: RUF012
-        "no codes": ({"logits_BLC": torch.ones(2, 6, 0)}, r"logits has shape \(2, 6, 0\), wanted"),
+        "no codes": ({"logits_NC": torch.ones(2, 6, 0)}, r"logits has shape \(2, 6, 0\), wanted"),
         "top_k": ({"top_k": 12}, "top_k is 12, wanted 0 <= top_k <= 11"),
         "top_p": ({"top_p": 0.0}, r"top_p is 0\.0, wanted 0 < top_p <= 1"),
         "negative top_k": ({"top_k": -1}, "top_k is -1, wanted 0 <= top_k <= 11"),
@@ -107,9 +121,22 @@ class TestSampleConfident(ExactOpSuite):
         "counts": ({"num_masked_B": torch.zeros(3).long()}, r"num_masked has shape \(3,\), wanted \(2,\)"),
         "state": ({"rng_state": torch.zeros(2)}, "rng_state is float32, wanted int64"),
         "guidance": (
-            {"guidance_logits_BLC": torch.zeros(2, 6, 10)},
+            {"guidance_logits_NC": torch.zeros(2, 6, 10)},
             r"guidance_logits has shape \(2, 6, 10\), wanted \(2, 6, 11\)",
         ),
+        "row": (
+            {"logits_NC": torch.ones(3, 11), "rows_BL": torch.full((2, 6), 3)},
+            "rows holds 3, wanted 0 <= r",
+        ),
+        "rows' shape": (
+            {"logits_NC": torch.ones(3, 11), "rows_BL": torch.zeros(2, 5).long()},
+            r"rows has shape \(2, 5\), wanted \(2, 6\)",
+        ),
+        "packed logits without rows": (
+            {"logits_NC": torch.ones(3, 11)},
+            r"logits has shape \(3, 11\), wanted",
+        ),
+        "samples": ({"samples_B": torch.zeros(3).long()}, r"samples has shape \(3,\), wanted \(2,\)"),
         "device": ({"ids_BL": torch.zeros(2, 6, device="meta").long()}, "ids is on meta, wanted cpu"),
     }
 
@@ -140,8 +167,9 @@ class TestSampleConfident(ExactOpSuite):
 
     def test_options(self, target: Target) -> None:
         inputs = Spec("options", 3, 5, 7, 4).inputs(target.widest, target.device)
-        inputs |= {"temperature": 0.7, "stream": 3, "first_sample": 11, "guidance_scale": 1.5}
-        inputs["guidance_logits_BLC"] = inputs["logits_BLC"].flip(0)
+        inputs |= {"temperature": 0.7, "stream": 3, "guidance_scale": 1.5}
+        inputs["samples_B"] = torch.tensor([11, 3, 2**31 + 5], device=target.device)
+        inputs["guidance_logits_NC"] = inputs["logits_NC"].flip(0)
         self.check(self.function(target), inputs)
 
     def test_sizes_of_one_and_none(self, target: Target) -> None:
@@ -149,10 +177,35 @@ class TestSampleConfident(ExactOpSuite):
             inputs = Spec("small", batch, length, codes, 1).inputs(torch.float32, target.device)
             self.check(self.function(target), inputs)
 
+    def test_packed_rows(self, target: Target) -> None:
+        """Logits of the unknown tokens only, in any order, or shared by tokens; every option."""
+        for options in ({}, {"guidance_scale": 1.5}, {"guidance_scale": 0.5, "top_k": 5, "top_p": 0.8}):
+            whole = Spec("packed", 3, 7, 9, 4, **options).inputs(torch.float32, target.device)
+            whole["ids_BL"] = whole["ids_BL"].roll(2, 1)
+            whole["ids_BL"][1] = 3
+            inputs = packed(whole)
+            self.check(self.function(target), inputs)
+            got, wanted = self.function(target)(**inputs), self.function(target)(**whole)
+            assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+            inputs["rows_BL"] = inputs["rows_BL"].masked_fill(whole["ids_BL"] != whole["mask_token_id"], -9)
+            inputs["rows_BL"] = (7 - inputs["rows_BL"]).int()
+            for name in {"logits_NC", "guidance_logits_NC"} & inputs.keys():
+                inputs[name] = transposed(inputs[name].flip(0))
+            got = self.function(target)(**inputs)
+            assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+            inputs["rows_BL"] = inputs["rows_BL"] % 3
+            self.check(self.function(target), inputs)
+
+    def test_no_rows(self, target: Target) -> None:
+        """Everything is known."""
+        inputs = Spec("known", 2, 6, 9, 0).inputs(torch.float32, target.device)
+        for x in self.function(target)(**packed(inputs)):
+            assert torch.equal(x, inputs["ids_BL"])
+
     def test_known_tokens_are_not_read(self, target: Target) -> None:
         inputs = Spec("known", 2, 6, 9, 3).inputs(torch.float32, target.device)
         wanted = self.function(target)(**inputs)
-        inputs["logits_BLC"][:, 3:] = math.nan
+        inputs["logits_NC"][:, 3:] = math.nan
         got = self.function(target)(**inputs)
         assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
@@ -160,9 +213,9 @@ class TestSampleConfident(ExactOpSuite):
     def test_ties(self, target: Target, top_k: int, top_p: float) -> None:
         """Few distinct logits, two zeros among them, and tokens that are equally sure."""
         inputs = Spec("ties", 1, 8, 12, 7, top_k, top_p).inputs(torch.float32, target.device)
-        inputs["logits_BLC"] = (inputs["logits_BLC"] / 4).round()  # -0.0 and 0.0, too
-        assert (inputs["logits_BLC"] == 0).any()
-        inputs["logits_BLC"][:, 4:] = inputs["logits_BLC"][:, :4]
+        inputs["logits_NC"] = (inputs["logits_NC"] / 4).round()  # -0.0 and 0.0, too
+        assert (inputs["logits_NC"] == 0).any()
+        inputs["logits_NC"][:, 4:] = inputs["logits_NC"][:, :4]
         self.check(self.function(target), inputs | {"choice_temperature": 0.0})
 
     def test_long_samples(self, target: Target) -> None:
@@ -186,46 +239,23 @@ class TestSampleConfident(ExactOpSuite):
         inputs = spec.inputs(floats, target.device) | {"temperature": 0.5}
         for options in ({}, {"top_k": 0}, {"top_p": 1.0}, {"top_k": 0, "top_p": 1.0}):
             changed = inputs | options
-            changed["logits_BLC"] = inputs["logits_BLC"] * scale
+            changed["logits_NC"] = inputs["logits_NC"] * scale
             self.check(self.function(target), changed)
 
     @pytest.mark.parametrize("tokens", ["int32", "int64"])
     def test_samples_of_a_larger_run(self, target: Target, tokens: str) -> None:
-        """Sample 1 is a case of its own: Triton compiles a constant for it."""
+        """Noise belongs to a sample's number."""
         whole = Spec("run", 3, 5, 8, 4).inputs(torch.float32, target.device)
         whole["ids_BL"] = whole["ids_BL"].to(getattr(torch, tokens))
         wanted = self.function(target)(**whole)
-        part = {k: x[1:] if k in ("logits_BLC", "ids_BL", "num_masked_B") else x for k, x in whole.items()}
-        got = self.function(target)(**part, first_sample=1)
+        part = {k: x[1:] if k in ("logits_NC", "ids_BL", "num_masked_B") else x for k, x in whole.items()}
+        got = self.function(target)(**part, samples_B=torch.tensor([1, 2], device=target.device))
         assert all(torch.equal(x, y[1:]) for x, y in zip(got, wanted, strict=True))
 
 
-def cpp() -> Any:
-    module = dispatch._find("sample_confident", "cpp")
-    if isinstance(module, str):
-        pytest.skip(module)
-    return module
-
-
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}])
-def test_rows_without_a_finite_largest_logit(options: dict) -> None:
-    """C++ draws as the reference: the first NaN, else the first infinity, else the first code."""
-    cpp()
-    logits = torch.randn(1, 7, 40, generator=torch.Generator().manual_seed(0))
-    logits[0, 0, 5] = math.nan
-    logits[0, 1] = -math.inf
-    logits[0, 2, 7] = math.inf
-    logits[0, 3, 3:] = -math.inf
-    logits[0, 4] *= 1e30
-    logits[0, 5, [8, 9]] = torch.tensor([math.inf, math.nan])
-    ids = torch.full((1, 7), MASK)
-    got, wanted = (step(logits, ids, 3, implementation=name, **options) for name in ("cpp", "reference"))
-    assert got[0].tolist() == wanted[0].tolist()
-    assert got[1].tolist() == wanted[1].tolist()
-
-
 def test_threads_change_nothing_in_cpp() -> None:
-    cpp()
+    if isinstance(reason := dispatch._find("sample_confident", "cpp"), str):
+        pytest.skip(reason)
     inputs = SPECS[-1].inputs() | {"top_k": 100, "top_p": 0.9}
     one, *others = results_by_threads(lambda: sample_confident(**inputs, implementation="cpp"))
     for other in others:
@@ -244,7 +274,7 @@ def test_addresses_past_2_to_the_31_elements() -> None:
     triton_interpreted()
     near = Spec("far", 3, 4, 8, 3, guidance_scale=1.5).inputs(torch.float16)
     far = torch.empty_strided((3, 4, 8), (2**30, 8, 1), dtype=torch.float16)
-    for name in ("logits_BLC", "guidance_logits_BLC"):
+    for name in ("logits_NC", "guidance_logits_NC"):
         far.copy_(near[name])
         for got, wanted in zip(
             sample_confident(**near | {name: far}, implementation="triton"),
@@ -257,111 +287,7 @@ def test_addresses_past_2_to_the_31_elements() -> None:
 def test_triton_declines_what_does_not_fit_a_tile() -> None:
     unsupported = triton_interpreted().unsupported
     rows = torch.empty(1, 4096, 16384, device="meta")
-    assert unsupported("sample_confident", rows) is None
-    assert "at most 16384, got 16385" in unsupported("sample_confident", torch.empty(1, 1, 16385))
-    assert "at most 4096, got 4097" in unsupported("sample_confident", torch.empty(1, 4097, 1))
-
-
-def step(logits: torch.Tensor, ids: torch.Tensor, count: int, seed: int = 0, **options: object) -> tuple:
-    arguments = {
-        "mask_token_id": MASK,
-        "choice_temperature": 1.0,
-        "rng_state": rng.new_state(seed),
-    }
-    counts = torch.full((logits.shape[0],), count)
-    return sample_confident(logits, ids, counts, **(arguments | options))  # type: ignore[arg-type]
-
-
-@given(
-    unknown=st.lists(st.integers(0, 6), min_size=1, max_size=5),
-    count=st.integers(0, 9),
-    seed=st.integers(0, 2**40),
-)
-@settings(max_examples=50, deadline=None)
-def test_known_ids_are_frozen_and_counts_exact(unknown: list[int], count: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, (len(unknown), 6), generator=generator)
-    for b, n in enumerate(unknown):
-        ids[b, torch.randperm(6, generator=generator)[:n]] = MASK
-    sampled, following = step(torch.randn(len(unknown), 6, 5, generator=generator), ids, count, seed)
-    known = ids != MASK
-    assert torch.equal(sampled[known], ids[known])
-    assert torch.equal(following[known], ids[known])
-    assert not (sampled == MASK).any()
-    for b, n in enumerate(unknown):
-        assert int((following[b] == MASK).sum()) == (max(1, min(n - 1, count)) if n else 0)
-    kept = following != MASK
-    assert torch.equal(following[kept], sampled[kept])
-
-
-def test_samples_follow_the_categorical_law() -> None:
-    logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
-    ids = torch.full((40, 500), MASK)
-    sampled, _ = step(logits.expand(40, 500, 4), ids, 1)
-    times = torch.bincount(sampled.flatten(), minlength=4).double()
-    expected = logits.double().softmax(0) * sampled.numel()
-    assert float(((times - expected) ** 2 / expected).sum()) < 16.3  # 0.1% point, 3 degrees of freedom
-
-
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_divides_the_logits(temperature: float) -> None:
-    logits = torch.randn(4, 300, 6)
-    ids = torch.full((4, 300), MASK)
-    ours, _ = step(logits, ids, 1, temperature=temperature)
-    theirs, _ = step(logits / temperature, ids, 1)
-    assert torch.equal(ours, theirs)
-
-
-def test_without_noise_the_least_probable_are_masked() -> None:
-    p = torch.tensor([0.9, 0.55, 0.8, 0.6, 0.99])
-    logits = torch.full((1, 5, 2), 0.0)
-    logits[0, :, 0], logits[0, :, 1] = p.log(), (1 - p).log()
-    greedy = {"choice_temperature": 0.0, "top_k": 1}
-    sampled, following = step(logits, torch.full((1, 5), MASK), 3, **greedy)
-    assert sampled.tolist() == [[0] * 5]
-    # top_k = 1 renormalises every p to 1: ties, broken by position
-    assert following.tolist() == [[MASK, MASK, MASK, 0, 0]]
-    sampled, following = step(10 * logits, torch.full((1, 5), MASK), 2, choice_temperature=0.0)
-    assert following[0, 1] == MASK, "the most even chance is the least confident"
-
-
-def test_confidence_noise_follows_gumbel_choice() -> None:
-    """With equal probabilities, which token is masked is uniform."""
-    ids = torch.full((2000, 5), MASK)
-    _, following = step(torch.zeros(2000, 5, 3), ids, 1, choice_temperature=2.0)
-    times = (following == MASK).sum(0).double()
-    assert float(((times - 400) ** 2 / 400).sum()) < 18.5  # 0.1% point, 4 degrees of freedom
-
-
-def test_top_k_and_top_p_exclude_the_rest() -> None:
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(20, 200, 4)
-    ids = torch.full((20, 200), MASK)
-    assert set(step(logits, ids, 1, top_k=2)[0].unique().tolist()) == {0, 1}
-    assert set(step(logits, ids, 1, top_p=0.65)[0].unique().tolist()) == {0, 1}
-    assert set(step(logits, ids, 1, top_p=0.75)[0].unique().tolist()) == {0, 1, 2}
-    assert set(step(logits, ids, 1, top_p=0.05)[0].unique().tolist()) == {0}
-
-
-def test_guidance_mixes_the_logits() -> None:
-    generator = torch.Generator().manual_seed(1)
-    conditional, unconditional = torch.randn(2, 3, 50, 7, generator=generator)
-    ids = torch.full((3, 50), MASK)
-    ours = step(conditional, ids, 10, guidance_logits_BLC=unconditional, guidance_scale=1.5)
-    theirs = step(2.5 * conditional - 1.5 * unconditional, ids, 10)
-    assert torch.equal(ours[0], theirs[0])
-
-
-def test_noise_belongs_to_the_sample() -> None:
-    logits = torch.randn(6, 9, 4)
-    ids = torch.full((6, 9), MASK)
-    whole = step(logits, ids, 4)
-    part = step(logits[2:5], ids[2:5], 4, first_sample=2)
-    assert torch.equal(whole[0][2:5], part[0])
-    assert torch.equal(whole[1][2:5], part[1])
-
-
-def test_dtype_of_ids_is_kept_and_half_logits_work() -> None:
-    arguments = SPECS[0].inputs(torch.bfloat16)
-    arguments["ids_BL"] = arguments["ids_BL"].int()
-    sampled, following = sample_confident(**arguments)
-    assert sampled.dtype == following.dtype == torch.int32
+    ids = torch.empty(1, 4097, dtype=torch.int64)
+    assert unsupported("sample_confident", rows, ids[:, 1:]) is None
+    assert "at most 16384, got 16385" in unsupported("sample_confident", torch.empty(1, 16385), ids[:, :1])
+    assert "at most 4096, got 4097" in unsupported("sample_confident", torch.empty(1, 4097, 1), ids)

@@ -35,6 +35,7 @@ class Spec:
             "length": self.length,
             "total_masked": int(masked.sum()),
             "total_kept": (self.length + 1) * self.batch - int(dropped.sum()),
+            "total_visible": (self.length + 1) * self.batch - int(masked.sum()),
             "max_seqlen": self.length + 1 - int(dropped.min()),
             "stream": rng.stream(rng.Stream.MASK_PLAN),
         }
@@ -42,9 +43,11 @@ class Spec:
     def work(self, dtype: torch.dtype, direction: Direction) -> Work:
         assert direction == "fwd"
         plan = self.inputs(dtype)
-        # reads: two counts a sample; writes int32: T positions, B + 1 ends, N masked, B S sources; B L bools
+        # reads: two counts a sample; writes int32: T positions, V visible rows, N masked, B S sources,
+        # B + 1 ends twice; B L bools
         read = 2 * self.batch * dtype.itemsize
-        integers = plan["total_kept"] + self.batch + 1 + plan["total_masked"] + self.batch * (self.length + 1)
+        integers = plan["total_kept"] + plan["total_visible"] + plan["total_masked"]
+        integers += self.batch * (self.length + 1) + 2 * (self.batch + 1)
         # a random word a token and its rank: L log2 L comparisons
         ranks = self.length * math.ceil(math.log2(max(self.length, 2)))
         flops = self.batch * (PHILOX_BLOCK * -(-self.length // 4) + ranks)
@@ -59,20 +62,21 @@ def baseline(
     *,
     total_masked: int,
     total_kept: int,
+    total_visible: int,
     max_seqlen: int,
     stream: int,
 ) -> tuple[Tensor, ...]:
     """The eager chain, on torch's own random numbers."""
     rank_BL = torch.rand(num_masked_B.shape[0], length, device=rng_state.device).argsort(1).argsort(1)
     is_masked_BL, is_dropped_BL = rank_BL < num_masked_B[:, None], rank_BL < num_dropped_B[:, None]
-    return (*plan_tensors(is_masked_BL, is_dropped_BL, total_masked, total_kept), is_masked_BL)
+    return plan_tensors(is_masked_BL, is_dropped_BL, total_masked, total_kept, total_visible)
 
 
 def invariant(inputs: dict[str, Any], outputs: list[Tensor]) -> list[Tensor]:
     """What right plans have in common whatever numbers they draw: the counts."""
-    _positions_T, cu_seqlens, masked_index_N, source_BS, is_masked_BL = outputs
+    _positions_T, cu_seqlens, masked_index_N, source_BS, is_masked_BL, _visible_V, visible_ends = outputs
     visible_B = (source_BS >= 0).sum(1)
-    return [cu_seqlens, (masked_index_N >= 0).sum(), visible_B, is_masked_BL.sum(1)]
+    return [cu_seqlens, visible_ends, (masked_index_N >= 0).sum(), visible_B, is_masked_BL.sum(1)]
 
 
 SPECS = (

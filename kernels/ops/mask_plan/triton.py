@@ -44,8 +44,9 @@ def _count(counts, sample, batch, length):
 
 @triton.jit
 def _plan(
-    state, num_masked, num_dropped, positions, cu_seqlens, masked_index, source, is_masked,
-    batch, length, total_masked, total_kept, stream, TOKENS: tl.constexpr, SAMPLES: tl.constexpr,
+    state, num_masked, num_dropped, positions, cu_seqlens, masked_index, source, is_masked, visible,
+    visible_cu_seqlens, batch, length, total_masked, total_kept, total_visible, stream,
+    TOKENS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0)
     token = tl.arange(0, TOKENS)
@@ -93,22 +94,32 @@ def _plan(
     before = tl.cumsum(_pair(masked_L, kept_L, inside), 0)
     position = sample * (length + 1) + 1 + token
     row = first_row + (before >> 16)
-    tl.store(source + position - 1 - token, first_row, mask=token == 0)
-    tl.store(source + position, tl.where(masked_L, -1, row), mask=inside)
+    # visible rows are numbered without the masked tokens before them
+    first_visible = sample * (length + 1) - first_masked
+    visible_row = first_visible + 1 + token - (before & 0xFFFF)
+    tl.store(source + position - 1 - token, first_visible, mask=token == 0)
+    tl.store(source + position, tl.where(masked_L, -1, visible_row), mask=inside)
+    tl.store(visible + first_visible + token, first_row, mask=(token == 0) & (first_visible < total_visible))
+    tl.store(visible + visible_row, row, mask=inside & ~masked_L & (visible_row < total_visible))
     tl.store(is_masked + sample * length + token, masked_L, mask=inside)
     tl.store(positions + first_row + token, position - 1, mask=(token == 0) & (first_row < total_kept))
     tl.store(positions + row, position, mask=kept_L & (row < total_kept))
     index = first_masked + (before & 0xFFFF) - 1
     tl.store(masked_index + index, sample * length + token, mask=masked_L & (index < total_masked))
     tl.store(cu_seqlens + sample + token, first_row, mask=token == 0)
+    tl.store(visible_cu_seqlens + sample + token, first_visible, mask=token == 0)
+    all_visible = batch * (length + 1) - all_masked
     if sample == batch - 1:
         tl.store(cu_seqlens + batch + token, all_kept + token, mask=token == 0)
+        tl.store(visible_cu_seqlens + batch + token, all_visible + token, mask=token == 0)
 
     # what the totals leave over, every program some of it
     for first in range(all_masked + sample * TOKENS, total_masked, batch * TOKENS):
         tl.store(masked_index + first + token, token * 0 - 1, mask=first + token < total_masked)
     for first in range(all_kept + sample * TOKENS, total_kept, batch * TOKENS):
         tl.store(positions + first + token, token * 0 - 1, mask=first + token < total_kept)
+    for first in range(all_visible + sample * TOKENS, total_visible, batch * TOKENS):
+        tl.store(visible + first + token, token * 0, mask=first + token < total_visible)
 
 
 @triton.jit
@@ -124,24 +135,32 @@ def mask_plan(
     length: int,
     total_masked: int,
     total_kept: int,
+    total_visible: int,
     stream: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     batch = num_masked_B.shape[0]
     positions_T = rng_state.new_empty(total_kept, dtype=torch.int32)
     cu_seqlens = rng_state.new_empty(batch + 1, dtype=torch.int32)
     masked_index_N = rng_state.new_empty(total_masked, dtype=torch.int32)
     source_BS = rng_state.new_empty((batch, length + 1), dtype=torch.int32)
     is_masked_BL = rng_state.new_empty((batch, length), dtype=torch.bool)
+    visible_V = rng_state.new_empty(total_visible, dtype=torch.int32)
+    visible_cu_seqlens = rng_state.new_empty(batch + 1, dtype=torch.int32)
+    outputs = (
+        positions_T, cu_seqlens, masked_index_N, source_BS, is_masked_BL, visible_V, visible_cu_seqlens
+    )  # fmt: skip
     if batch:
         tokens = max(triton.next_power_of_2(length), 32)
         _plan[batch,](
             rng_state.contiguous(), num_masked_B.contiguous(), num_dropped_B.contiguous(),
-            positions_T, cu_seqlens, masked_index_N, source_BS, is_masked_BL,
-            batch, length, total_masked, total_kept, stream, tokens, _SAMPLES,
+            *outputs,
+            batch, length, total_masked, total_kept, total_visible, stream, tokens, _SAMPLES,
             num_warps=min(max(tokens // 512, 1), 8),
         )  # fmt: skip
     else:
         cu_seqlens.zero_()
+        visible_cu_seqlens.zero_()
+        visible_V.zero_()
         positions_T.fill_(-1)
         masked_index_N.fill_(-1)
-    return positions_T, cu_seqlens, masked_index_N, source_BS, is_masked_BL
+    return outputs

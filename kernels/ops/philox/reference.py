@@ -28,10 +28,15 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[T
 
 
 def philox(state: Tensor, stream: int, high: int, low: int, first_high: int) -> Tensor:
+    return philox_rows(state, stream, torch.arange(first_high, first_high + high, device=state.device), low)
+
+
+def philox_rows(state: Tensor, stream: int, rows_R: Tensor, low: int) -> Tensor:
+    """The blocks of any values of the second counter word, int64 on the state's device."""
     seed, step = state[0], state[1]
-    i = torch.arange(first_high, first_high + high, device=state.device)[:, None].expand(high, low)
-    j = torch.arange(low, device=state.device)[None, :].expand(high, low)
+    i = rows_R[:, None].expand(-1, low)
+    j = torch.arange(low, device=state.device)[None, :].expand_as(i)
     c2 = torch.full_like(i, stream)
-    c3 = (step & _WORD).expand(high, low)
+    c3 = (step & _WORD).expand_as(i)
     words = torch.stack(philox_4x32((j, i, c2, c3), (seed & _WORD, seed >> 32 & _WORD)), -1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

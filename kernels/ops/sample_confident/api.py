@@ -1,12 +1,13 @@
 """``sample_confident``: one step of iterative decoding.
 
-Shape suffixes: B samples, L tokens, C codes.
+Shape suffixes: B samples, L tokens, C codes, N rows of logits.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from mage_fast.kernels import check, dispatch, library
 
 
 def sample_confident(
-    logits_BLC: Float[Tensor, "B L C"],
+    logits_NC: Float[Tensor, "*rows C"],
     ids_BL: Int[Tensor, "B L"],
     num_masked_B: Int[Tensor, "B"],
     *,
@@ -24,10 +25,11 @@ def sample_confident(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    guidance_logits_BLC: Float[Tensor, "B L C"] | None = None,
+    guidance_logits_NC: Float[Tensor, "*rows C"] | None = None,
     guidance_scale: float = 0.0,
+    rows_BL: Int[Tensor, "B L"] | None = None,
+    samples_B: Int64[Tensor, "B"] | None = None,
     stream: int = 0,
-    first_sample: int = 0,
     implementation: str = "auto",
 ) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
     """Sample every unknown token, then mask the least confident ones again.
@@ -43,7 +45,7 @@ def sample_confident(
         next_ids = sampled, with mask_token_id at the count lowest confidences
 
     Args:
-        logits_BLC: scores of the codebook's ids at every token.
+        logits_NC: scores of the codebook's ids, ``[B, L, C]``; or, with ``rows_BL``, any rows ``[N, C]``.
         ids_BL: current ids; ``mask_token_id`` where unknown. Known ids are frozen.
         num_masked_B: how many tokens of each sample the schedule wants masked after this step.
         mask_token_id: id of [M].
@@ -52,10 +54,13 @@ def sample_confident(
         temperature: divides the logits.
         top_k: sample among the k most probable ids; 0 is all.
         top_p: sample within the smallest set of ids whose mass reaches p; 1 is all.
-        guidance_logits_BLC: logits of the unconditional pass (classifier-free guidance).
+        guidance_logits_NC: logits of the unconditional pass (classifier-free guidance), shaped as the others.
         guidance_scale: weight of ``logits - guidance_logits``.
+        rows_BL: row of the logits that each unknown token reads; it is not looked at where a token is known,
+            and tokens of the same law may share a row.
+        samples_B: int64, index of each sample in the whole run, 0, 1, ... by default; noise belongs to a
+            sample, not to its batch.
         stream: random stream of this call.
-        first_sample: index of sample 0 in the whole run; noise belongs to a sample, not to its batch.
         implementation: ``"auto"`` or the name of one.
 
     Returns:
@@ -64,25 +69,34 @@ def sample_confident(
     Raises:
         ValueError: shapes that disagree; temperature or choice_temperature out of range; top_k over C;
             top_p outside (0, 1]; (read on the CPU or in ``device_values``) an id neither in the
-            codebook nor [M].
+            codebook nor [M], a row that is not there.
         Unsupported: the forced implementation cannot run here.
 
     Source: MAGE section 3.2 (iterative decoding), after MaskGIT.
     """
-    check.shape("sample_confident", "logits", logits_BLC, (None, None, None))
-    check.features("sample_confident", "logits", logits_BLC)
-    check.floating("sample_confident", "logits", logits_BLC)
-    batch, length, codes = logits_BLC.shape
-    check.shape("sample_confident", "ids", ids_BL, (batch, length))
+    check.shape("sample_confident", "logits", logits_NC, (None,) * (3 if rows_BL is None else 2))
+    check.features("sample_confident", "logits", logits_NC)
+    check.floating("sample_confident", "logits", logits_NC)
+    codes = logits_NC.shape[-1]
+    if rows_BL is None:
+        check.shape("sample_confident", "ids", ids_BL, tuple(logits_NC.shape[:2]))
+    else:
+        check.shape("sample_confident", "ids", ids_BL, (None, None))
+        check.shape("sample_confident", "rows", rows_BL, tuple(ids_BL.shape))
+        check.integer("sample_confident", "rows", rows_BL)
+    batch = ids_BL.shape[0]
     check.integer("sample_confident", "ids", ids_BL)
     check.shape("sample_confident", "num_masked", num_masked_B, (batch,))
     check.integer("sample_confident", "num_masked", num_masked_B)
     check.state("sample_confident", rng_state)
-    check.same_device(
-        "sample_confident", logits_BLC, ids=ids_BL, num_masked=num_masked_B, rng_state=rng_state
-    )
-    if guidance_logits_BLC is not None:
-        check.shape("sample_confident", "guidance_logits", guidance_logits_BLC, (batch, length, codes))
+    if samples_B is None:
+        samples_B = torch.arange(batch, device=logits_NC.device)
+    check.shape("sample_confident", "samples", samples_B, (batch,))
+    check.dtype("sample_confident", "samples", samples_B, (torch.int64,))
+    others = {"ids": ids_BL, "num_masked": num_masked_B, "rows": rows_BL, "samples": samples_B}
+    check.same_device("sample_confident", logits_NC, rng_state=rng_state, **others)
+    if guidance_logits_NC is not None:
+        check.shape("sample_confident", "guidance_logits", guidance_logits_NC, tuple(logits_NC.shape))
     if not temperature > 0:
         raise ValueError(f"sample_confident: temperature is {temperature}, wanted more than 0")
     if not choice_temperature >= 0:
@@ -92,10 +106,13 @@ def sample_confident(
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"sample_confident: top_p is {top_p}, wanted 0 < top_p <= 1")
     if check.readable(ids_BL):
-        check.values("sample_confident", "ids", ids_BL[ids_BL != mask_token_id], 0, codes)
+        is_known_BL = ids_BL != mask_token_id
+        check.values("sample_confident", "ids", ids_BL[is_known_BL], 0, codes)
+        if rows_BL is not None:
+            check.values("sample_confident", "rows", rows_BL[~is_known_BL], 0, logits_NC.shape[0])
     sampled_BL, next_BL = _sample_confident(
-        logits_BLC, ids_BL, num_masked_B, guidance_logits_BLC, guidance_scale, mask_token_id,
-        choice_temperature, temperature, top_k, top_p, rng_state, stream, first_sample,
+        logits_NC, ids_BL, num_masked_B, rows_BL, guidance_logits_NC, guidance_scale, mask_token_id,
+        choice_temperature, temperature, top_k, top_p, samples_B, rng_state, stream,
         dispatch.requested("sample_confident", implementation),
     )  # fmt: skip
     return sampled_BL, next_BL
@@ -106,9 +123,8 @@ def _fake(logits: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 _sample_confident = library.define(
-    "sample_confident(Tensor logits, Tensor ids, Tensor num_masked, Tensor? guidance_logits, "
+    "sample_confident(Tensor logits, Tensor ids, Tensor num_masked, Tensor? rows, Tensor? guidance_logits, "
     "float guidance_scale, SymInt mask_token_id, float choice_temperature, float temperature, SymInt top_k, "
-    "float top_p, Tensor rng_state, SymInt stream, SymInt first_sample, str implementation) "
-    "-> (Tensor, Tensor)",
+    "float top_p, Tensor samples, Tensor rng_state, SymInt stream, str implementation) -> (Tensor, Tensor)",
     fake=_fake,
 )

@@ -24,6 +24,8 @@ class Spec:
     top_k: int = 0
     top_p: float = 1.0
     guidance_scale: float = 0.0
+    #: Logits of the unknown tokens only.
+    packed: bool = False
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
         generator = torch.Generator().manual_seed(0)
@@ -32,7 +34,7 @@ class Spec:
         ids[:, : self.unknown] = mask_token_id
         logits = 3 * torch.randn(self.batch, self.length, self.codes, generator=generator)
         arguments = {
-            "logits_BLC": logits.to(device, dtype),
+            "logits_NC": logits.to(device, dtype),
             "ids_BL": ids.to(device),
             "num_masked_B": torch.full((self.batch,), self.unknown // 2, device=device),
             "mask_token_id": mask_token_id,
@@ -44,10 +46,10 @@ class Spec:
         if self.guidance_scale:
             guidance = 3 * torch.randn(logits.shape, generator=generator)
             arguments |= {
-                "guidance_logits_BLC": guidance.to(device, dtype),
+                "guidance_logits_NC": guidance.to(device, dtype),
                 "guidance_scale": self.guidance_scale,
             }
-        return arguments
+        return packed(arguments) if self.packed else arguments
 
     def work(self, dtype: torch.dtype, direction: Direction) -> Work:
         assert direction == "fwd"
@@ -59,8 +61,16 @@ class Spec:
         return Work(logits + 8 * (tokens + self.batch), 2 * 8 * tokens, flops)
 
 
+def packed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same step from the unknown tokens' rows of logits, one after the other."""
+    is_unknown_BL = arguments["ids_BL"] == arguments["mask_token_id"]
+    rows_BL = (is_unknown_BL.flatten().cumsum(0) - 1).view_as(is_unknown_BL)
+    names = {"logits_NC", "guidance_logits_NC"} & arguments.keys()
+    return arguments | {name: arguments[name][is_unknown_BL] for name in names} | {"rows_BL": rows_BL}
+
+
 def baseline(
-    logits_BLC: Tensor,
+    logits_NC: Tensor,
     ids_BL: Tensor,
     num_masked_B: Tensor,
     *,
@@ -69,14 +79,16 @@ def baseline(
     rng_state: Tensor,
     top_k: int = 0,
     top_p: float = 1.0,
-    guidance_logits_BLC: Tensor | None = None,
+    guidance_logits_NC: Tensor | None = None,
     guidance_scale: float = 0.0,
+    rows_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The eager chain, on torch's own random numbers."""
     is_unknown_BL = ids_BL == mask_token_id
-    logits_BLC = logits_BLC.float()
-    if guidance_logits_BLC is not None:
-        logits_BLC = logits_BLC + guidance_scale * (logits_BLC - guidance_logits_BLC.float())
+    logits_NC = logits_NC.float()
+    if guidance_logits_NC is not None:
+        logits_NC = logits_NC + guidance_scale * (logits_NC - guidance_logits_NC.float())
+    logits_BLC = logits_NC if rows_BL is None else logits_NC[rows_BL.clamp(min=0)]
     if top_k:
         least_BL1 = logits_BLC.topk(top_k, 2).values[..., -1:]
         logits_BLC = logits_BLC.masked_fill(logits_BLC < least_BL1, float("-inf"))
@@ -110,17 +122,18 @@ SPECS = (
     Spec("tiny", 2, 6, 11, 4),
     Spec("tiny_one_unknown", 3, 4, 8, 1),
     Spec("tiny_filtered", 2, 5, 12, 5, top_k=6, top_p=0.8, guidance_scale=1.5),
+    Spec("tiny_packed", 3, 5, 12, 3, guidance_scale=1.5, packed=True),
     # the tiles of the real shapes, few tokens
     Spec("small_codebook", 2, 12, 1024, 9),
     Spec("small_filtered", 1, 9, 1024, 7, top_k=100, top_p=0.9),
     Spec("small_odd", 1, 9, 1023, 7),
     Spec("first_step_batch8", 8, 256, 1024, 256),
-    Spec("middle_step_batch8", 8, 256, 1024, 128),
+    Spec("middle_step_batch8", 8, 256, 1024, 128, packed=True),
 )
 #: A step of 64 samples: nothing known, half known, and with each option on.
 GPU_SPECS = (
     Spec("first_step_batch64", 64, 256, 1024, 256),
-    Spec("middle_step_batch64", 64, 256, 1024, 128),
+    Spec("middle_step_batch64", 64, 256, 1024, 128, packed=True),
     Spec("top_k_batch64", 64, 256, 1024, 256, top_k=100),
     Spec("filtered_batch64", 64, 256, 1024, 256, top_k=100, top_p=0.9),
     Spec("guided_batch64", 64, 256, 1024, 256, guidance_scale=1.5),

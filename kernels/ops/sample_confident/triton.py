@@ -31,7 +31,7 @@ _A_WARP = 1024
 
 
 def unsupported(function: str, logits: Tensor, *args: Any) -> str | None:
-    _, length, codes = logits.shape
+    length, codes = args[0].shape[1], logits.shape[-1]
     if codes > _MOST_CODES:
         return f"a row of codes stays in registers: at most {_MOST_CODES}, got {codes}"
     if length > _MOST_TOKENS:
@@ -65,24 +65,29 @@ def _ties_before(tie):
 
 @triton.jit
 def _draw(
-    logits, guidance, ids, sampled, log_p, state, length, batch_stride, token_stride, guidance_batch_stride,
-    guidance_token_stride, guidance_scale, inverse_temperature, top_k, top_p, mask_token_id,
-    stream, first_sample,
-    GUIDED: tl.constexpr, TEMPERED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    CODES: tl.constexpr, TILE: tl.constexpr,
+    logits, guidance, rows, ids, sampled, log_p, samples, state, length, batch_stride, token_stride,
+    guidance_batch_stride, guidance_token_stride, guidance_scale, inverse_temperature, top_k, top_p,
+    mask_token_id, stream,
+    ROWS: tl.constexpr, GUIDED: tl.constexpr, TEMPERED: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr, CODES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     known = tl.load(ids + token)
     if known != mask_token_id:
         tl.store(sampled + token, known)
     else:
-        sample, position = token // length, token % length
+        position = token % length
+        number = tl.load(samples + token // length)
+        if ROWS:  # the batch strides are 0 then
+            sample, row = 0, tl.load(rows + token).to(tl.int64)
+        else:
+            sample, row = token // length, position
         code = tl.arange(0, TILE)
         inside = code < CODES
-        at = logits + sample * batch_stride + position * token_stride + code
+        at = logits + sample * batch_stride + row * token_stride + code
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if GUIDED:
-            at = guidance + sample * guidance_batch_stride + position * guidance_token_stride + code
+            at = guidance + sample * guidance_batch_stride + row * guidance_token_stride + code
             x += guidance_scale * (x - tl.load(at, mask=inside, other=0.0).to(tl.float32))
         if TEMPERED:
             x *= inverse_temperature
@@ -104,9 +109,9 @@ def _draw(
         log_sum = tl.log(total)
         first_word = position * CODES
         if CODES % 4 == 0:
-            word = words(state, stream, first_word // 4, first_sample + sample, TILE)
+            word = words(state, stream, first_word // 4, number, TILE)
         else:
-            word = word_of_elements(state, stream, first_word + code, first_sample + sample)
+            word = word_of_elements(state, stream, first_word + code, number)
         # a row of NaN draws some code, never one outside the codebook
         drawn = tl.minimum(tl.argmax(x + gumbel(word), 0), CODES - 1)
         score = tl.sum(tl.where(code == drawn, x, 0.0), 0)
@@ -116,15 +121,15 @@ def _draw(
 
 @triton.jit
 def _remask(
-    ids, sampled, log_p, num_masked, following, state, length, choice_temperature, mask_token_id, stream,
-    first_sample, TILE: tl.constexpr,
+    ids, sampled, log_p, num_masked, following, samples, state, length, choice_temperature, mask_token_id,
+    stream, TILE: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, TILE)
     inside = position < length
     token = sample * length + position
     unknown = inside & (tl.load(ids + token, mask=inside) == mask_token_id)
-    noise = gumbel(words(state, stream, 0, first_sample + sample, TILE))
+    noise = gumbel(words(state, stream, 0, tl.load(samples + sample), TILE))
     confidence = tl.load(log_p + token, mask=unknown, other=0.0) + choice_temperature * noise
     # + 0.0: no -0.0, whose bits are below those of 0.0
     doubt = tl.where(unknown, 0.0 - confidence, float("-inf"))
@@ -138,40 +143,49 @@ def _remask(
     tl.store(following + token, tl.where(masked, mask_token_id, decided), mask=inside)
 
 
+def _strides(logits_NC: Tensor) -> tuple[int, int]:
+    """From sample to sample and from row to row; packed rows belong to no sample."""
+    return (0 if logits_NC.dim() == 2 else logits_NC.stride(0)), logits_NC.stride(-2)
+
+
 def sample_confident(
-    logits_BLC: Tensor,
+    logits_NC: Tensor,
     ids_BL: Tensor,
     num_masked_B: Tensor,
-    guidance_logits_BLC: Tensor | None,
+    rows_BL: Tensor | None,
+    guidance_logits_NC: Tensor | None,
     guidance_scale: float,
     mask_token_id: int,
     choice_temperature: float,
     temperature: float,
     top_k: int,
     top_p: float,
+    samples_B: Tensor,
     rng_state: Tensor,
     stream: int,
-    first_sample: int,
 ) -> tuple[Tensor, Tensor]:
-    batch, length, codes = logits_BLC.shape
-    logits_BLC, ids_BL, rng_state = unit_stride(logits_BLC), ids_BL.contiguous(), rng_state.contiguous()
-    guidance_BLC = logits_BLC if guidance_logits_BLC is None else unit_stride(guidance_logits_BLC)
+    batch, length = ids_BL.shape
+    codes = logits_NC.shape[-1]
+    logits_NC, ids_BL, rng_state = unit_stride(logits_NC), ids_BL.contiguous(), rng_state.contiguous()
+    samples_B = samples_B.contiguous()
+    guidance_NC = logits_NC if guidance_logits_NC is None else unit_stride(guidance_logits_NC)
     sampled_BL, following_BL = torch.empty_like(ids_BL), torch.empty_like(ids_BL)
     log_p_BL = torch.empty_like(ids_BL, dtype=torch.float32)
-    if batch * length * codes:
+    if batch * length:
         tile = max(4, triton.next_power_of_2(codes))
         _draw[(batch * length,)](
-            logits_BLC, guidance_BLC, ids_BL, sampled_BL, log_p_BL, rng_state, length,
-            *logits_BLC.stride()[:2], *guidance_BLC.stride()[:2], guidance_scale, 1.0 / temperature, top_k,
-            top_p, mask_token_id, rng.stream(Stream.SAMPLE_ID, stream), first_sample,
-            GUIDED=guidance_logits_BLC is not None, TEMPERED=temperature != 1.0, TOP_K=0 < top_k < codes,
-            TOP_P=top_p < 1.0, CODES=codes, TILE=tile, num_warps=max(1, tile // _A_WARP),
-            enable_fp_fusion=False,
+            logits_NC, guidance_NC, ids_BL if rows_BL is None else rows_BL.contiguous(), ids_BL, sampled_BL,
+            log_p_BL, samples_B, rng_state, length, *_strides(logits_NC), *_strides(guidance_NC),
+            guidance_scale, 1.0 / temperature, top_k, top_p, mask_token_id,
+            rng.stream(Stream.SAMPLE_ID, stream),
+            ROWS=rows_BL is not None, GUIDED=guidance_logits_NC is not None, TEMPERED=temperature != 1.0,
+            TOP_K=0 < top_k < codes, TOP_P=top_p < 1.0, CODES=codes, TILE=tile,
+            num_warps=max(1, tile // _A_WARP), enable_fp_fusion=False,
         )  # fmt: skip
         tile = max(4, triton.next_power_of_2(length))
         _remask[(batch,)](
-            ids_BL, sampled_BL, log_p_BL, num_masked_B.contiguous(), following_BL, rng_state, length,
-            choice_temperature, mask_token_id, rng.stream(Stream.SAMPLE_CONFIDENCE, stream), first_sample,
+            ids_BL, sampled_BL, log_p_BL, num_masked_B.contiguous(), following_BL, samples_B, rng_state,
+            length, choice_temperature, mask_token_id, rng.stream(Stream.SAMPLE_CONFIDENCE, stream),
             TILE=tile, num_warps=max(1, min(8, tile // 256)), enable_fp_fusion=False,
         )  # fmt: skip
     return sampled_BL, following_BL

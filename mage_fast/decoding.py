@@ -1,0 +1,356 @@
+"""Iterative decoding of token ids: every step's shapes are known before the first.
+
+The schedule says how many tokens are masked at each step, so the host, which never waits for the device
+once decoding has begun, knows all counts. Only masked tokens' rows are computed where no other is read: in
+the decoder's last block, in the head and in the sampler. Samples of one class begin alike, with nothing
+known, so the first step runs once for each class and is drawn from once for each sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+
+from mage_fast.cuda_graph import CUDAGraph
+from mage_fast.feature_cache import FeatureCache
+from mage_fast.kernels import check, dispatch, rng
+from mage_fast.kernels.ops.mask_plan.api import plan_of_mask
+from mage_fast.kernels.ops.sample_confident.api import sample_confident
+from mage_fast.masking import token_counts
+from mage_fast.model import MAGE
+
+#: Part of the tokens that stays masked at progress r in (0, 1].
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda r: math.cos(math.pi / 2 * r),
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r**2,
+    "square_root": lambda r: 1 - math.sqrt(r),
+    "arccos": lambda r: math.acos(r) / (math.pi / 2),
+}
+
+
+Approximation = Literal["none", "drop_masked", "cached_features"]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to decode; the defaults are the published release's."""
+
+    steps: int = 20
+    #: Weight of the Gumbel noise on the confidence at the start; falls linearly to 0.
+    choice_temperature: float = 6.0
+    #: Divides the logits.
+    temperature: float = 1.0
+    schedule: str = "cosine"
+    #: Sample among the k most probable ids; 0 is all.
+    top_k: int = 0
+    #: Sample within the smallest set of ids of this mass; 1 is all.
+    top_p: float = 1.0
+    #: Classifier-free guidance: weight of conditional minus unconditional logits. 0 is off.
+    guidance_scale: float = 0.0
+    #: Faster and not the same numbers, off by default. drop_masked: the encoder of a "paper" model drops
+    #: masked tokens as in training, ``drop_ratio`` of all tokens or as many as there are, drawn at each step.
+    #: cached_features: at every second step from the third on, it computes only the tokens decided last.
+    approximation: Approximation = "none"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"SamplerConfig: steps is {self.steps}, wanted at least 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"SamplerConfig: schedule is {self.schedule!r}, wanted one of {', '.join(SCHEDULES)}"
+            )
+        if self.approximation not in get_args(Approximation):
+            raise ValueError(
+                f"SamplerConfig: approximation is {self.approximation!r}, wanted one of "
+                f"{', '.join(get_args(Approximation))}"
+            )
+        if self.choice_temperature < 0 or not self.temperature > 0:
+            raise ValueError(
+                f"SamplerConfig: (choice_temperature, temperature) is "
+                f"{(self.choice_temperature, self.temperature)}, wanted 0 or more and more than 0"
+            )
+        if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
+            raise ValueError(
+                f"SamplerConfig: (top_k, top_p) is {(self.top_k, self.top_p)}, wanted top_k >= 0 and "
+                "0 < top_p <= 1"
+            )
+
+
+def masked_counts(schedule: str, steps: int, num_unknown_B: Int[Tensor, "B"]) -> Int64[Tensor, "steps B"]:
+    """How many tokens stay masked after each step: floor(unknown * schedule((t + 1) / steps)).
+
+    A sample with unknown tokens keeps at least one masked and decides at least one a step, as long as it
+    can. Each sample has its own counts (in inpainting samples differ).
+    """
+    counts = []
+    left_B = num_unknown_B.to(torch.int64)
+    for t in range(steps):
+        part = max(0.0, SCHEDULES[schedule]((t + 1) / steps))
+        wanted_B = (num_unknown_B.double() * part).floor().to(torch.int64)
+        left_B = torch.where(num_unknown_B > 0, wanted_B.minimum(left_B - 1).clamp(min=1), 0)
+        counts.append(left_B)
+    return torch.stack(counts)
+
+
+class _Kind(NamedTuple):
+    """What all shapes of a batch's decoding depend on; all of it is known on the host."""
+
+    #: Tokens that are masked before each step, of each sample.
+    num_masked: tuple[tuple[int, ...], ...]
+    #: Rows of the first step if samples share them, else 0.
+    num_classes: int
+
+
+class _Inputs(NamedTuple):
+    """What a batch's decoding reads from the device, beside the model."""
+
+    ids_BL: Int[Tensor, "B L"]
+    class_ids_B: Int64[Tensor, "B"]
+    #: The classes that share the first step, and which of them each sample is.
+    shared_class_ids_G: Int64[Tensor, "G"]
+    shared_row_B: Int64[Tensor, "B"]
+    #: Index of each sample in the whole run.
+    samples_B: Int64[Tensor, "B"]
+    #: Tokens that stay masked after each step.
+    counts_TB: Int64[Tensor, "steps B"]
+    #: ``(seed, step)`` of each step.
+    rng_states_T2: Int64[Tensor, "steps 2"]
+
+
+class Decoding:
+    """Decodes token ids with one model and one setting, a batch at a time.
+
+    On a GPU the second of two equal batches in a row (as many samples, as many tokens to sample in each) is
+    captured: one CUDA graph of all steps, which later batches of the kind replay with their own noise,
+    classes and known ids. Moved parameters, another autocast or other implementations capture anew.
+
+    >>> decode = Decoding(model, SamplerConfig(steps=12))
+    >>> ids_BL = decode(64, seed=0)
+    >>> more_BL = decode(64, seed=0, first_sample=64)
+
+    Args:
+        model: any :class:`MAGE`; it decodes in eval mode whatever mode it is in.
+        config: settings; the published release's by default.
+
+    Raises:
+        ValueError: an approximation that means nothing to this model.
+    """
+
+    def __init__(self, model: MAGE, config: SamplerConfig | None = None) -> None:
+        self.model, self.config = model, config or SamplerConfig()
+        if self.config.approximation != "none" and model.config.encoder_tokens != "paper":
+            raise ValueError(
+                f"Decoding: approximation is {self.config.approximation!r}, wanted 'none': this model's "
+                f"encoder sees {model.config.encoder_tokens} tokens only"
+            )
+        drop_ratio = torch.tensor([model.config.drop_ratio], dtype=torch.float64)
+        self._most_dropped = int(token_counts(drop_ratio, model.config.num_tokens))
+        self._graph: CUDAGraph | None = None
+        self._graph_key: tuple | None = None
+        self._last_key: tuple | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch: int | None = None,
+        *,
+        ids_BL: Int[Tensor, "B L"] | None = None,
+        labels_B: Int[Tensor, "B"] | None = None,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> Int64[Tensor, "B L"]:
+        """Decode one batch; arguments and errors are those of :func:`mage_fast.generate_ids`."""
+        kind, inputs = self._prepare(batch, ids_BL, labels_B, seed, first_sample)
+        with _eval_mode(self.model):
+            if not CUDAGraph.runs_on(inputs.ids_BL.device):
+                return self._last(kind, inputs)
+            key = (kind, *self._surroundings())
+            if self._graph is None or key != self._graph_key:
+                if key != self._last_key:
+                    self._last_key = key
+                    return self._last(kind, inputs)
+                self._graph = None  # its memory is free before the next one takes some
+                self._graph = CUDAGraph(lambda *x: self._last(kind, _Inputs(*x)), inputs)
+                self._graph_key = key
+            return self._graph.replay(inputs)
+
+    @torch.no_grad()
+    def steps(
+        self,
+        batch: int | None = None,
+        *,
+        ids_BL: Int[Tensor, "B L"] | None = None,
+        labels_B: Int[Tensor, "B"] | None = None,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> Iterator[Int64[Tensor, "B L"]]:
+        """Yield all tokens as decided after each step; the last are what a call gives."""
+        with _eval_mode(self.model):
+            yield from self._steps(*self._prepare(batch, ids_BL, labels_B, seed, first_sample))
+
+    def _surroundings(self) -> tuple:
+        """What else a captured graph holds for good."""
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        return autocast, dispatch.forced(), tuple(x.data_ptr() for x in self.model.parameters())
+
+    def _prepare(
+        self,
+        batch: int | None,
+        ids_BL: Tensor | None,
+        labels_B: Tensor | None,
+        seed: int | None,
+        first_sample: int,
+    ) -> tuple[_Kind, _Inputs]:
+        """Check the arguments, and read from the device what the host must know: all waiting is here."""
+        config, device = self.model.config, self.model.head.bias.device
+        if first_sample < 0:
+            raise ValueError(f"generate: first_sample is {first_sample}, wanted 0 or more")
+        if ids_BL is None:
+            if batch is None or batch < 1:
+                raise ValueError(f"generate: number of images is {batch}, wanted at least 1")
+            ids_BL = torch.full((batch, config.num_tokens), config.mask_token_id, device=device)
+            num_unknown = (config.num_tokens,) * batch
+        else:
+            check.shape("generate", "ids", ids_BL, (None, config.num_tokens))
+            check.integer("generate", "ids", ids_BL)
+            is_unknown_BL = ids_BL == config.mask_token_id
+            known_BL = ids_BL.masked_fill(is_unknown_BL, 0)
+            check.values("generate", "ids", known_BL, 0, config.codebook_size)
+            ids_BL, num_unknown = ids_BL.to(device), tuple(is_unknown_BL.sum(1).tolist())
+        batch = len(num_unknown)
+        class_ids_B = self.model.class_ids(labels_B, batch)
+        shared_G, row_B = class_ids_B[:0], class_ids_B[:0]
+        if batch > 1 and min(num_unknown) == config.num_tokens:
+            shared_G, row_B = self._shared_classes(class_ids_B, labels_B is None)
+        seed = int(rng.new_state()[0]) if seed is None else seed
+        steps = self.config.steps
+        counts_TB = masked_counts(self.config.schedule, steps, torch.tensor(num_unknown))
+        inputs = _Inputs(
+            ids_BL,
+            class_ids_B,
+            shared_G,
+            row_B,
+            torch.arange(first_sample, first_sample + batch, device=device),
+            counts_TB.to(device),
+            torch.tensor([(seed, t) for t in range(steps)], device=device),
+        )
+        before = (num_unknown, *(tuple(counts_B) for counts_B in counts_TB[:-1].tolist()))
+        return _Kind(before, len(shared_G)), inputs
+
+    @staticmethod
+    def _shared_classes(class_ids_B: Tensor, all_alike: bool) -> tuple[Tensor, Tensor]:
+        """The distinct classes and each sample's place among them; none where sharing saves nothing."""
+        if all_alike:
+            return class_ids_B[:1], torch.zeros_like(class_ids_B)
+        classes_G, row_B = class_ids_B.unique(return_inverse=True)
+        if class_ids_B.is_cuda:  # few numbers of rows, so that batches of many classes are of one kind
+            padding = classes_G[-1:].expand((1 << (len(classes_G) - 1).bit_length()) - len(classes_G))
+            classes_G = torch.cat([classes_G, padding])
+        return (classes_G, row_B) if len(classes_G) < len(class_ids_B) else (row_B[:0], row_B[:0])
+
+    def _last(self, kind: _Kind, inputs: _Inputs) -> Tensor:
+        """The ids after all steps."""
+        ids_BL = inputs.ids_BL
+        for sampled_BL in self._steps(kind, inputs):
+            ids_BL = sampled_BL
+        return ids_BL
+
+    def _steps(self, kind: _Kind, inputs: _Inputs) -> Iterator[Tensor]:
+        """The steps proper, which a CUDA graph may hold: no wait for the device, no copy from the host."""
+        config, ids_BL = self.config, inputs.ids_BL
+        length, mask_token_id = self.model.config.num_tokens, self.model.config.mask_token_id
+        cache = FeatureCache(self.model) if config.approximation == "cached_features" else None
+        for t, num_masked in enumerate(kind.num_masked):
+            if not any(num_masked):
+                yield ids_BL
+                continue
+            state = inputs.rng_states_T2[t]
+            if t == 0 and kind.num_classes:
+                start_GL = ids_BL[: kind.num_classes]
+                logits, guidance = self._logits(
+                    start_GL, inputs.shared_class_ids_G, (length,) * kind.num_classes, state
+                )
+                places_L = torch.arange(length, device=ids_BL.device)
+                rows_BL = inputs.shared_row_B[:, None] * length + places_L
+            else:
+                logits, guidance = self._logits(
+                    ids_BL, inputs.class_ids_B, num_masked, state, cache, partial=t > 0 and t % 2 == 0
+                )
+                rows_BL = ((ids_BL == mask_token_id).flatten().cumsum(0) - 1).view_as(ids_BL)
+            sampled_BL, ids_BL = sample_confident(
+                logits,
+                ids_BL,
+                inputs.counts_TB[t],
+                mask_token_id=mask_token_id,
+                choice_temperature=config.choice_temperature * (1 - (t + 1) / config.steps),
+                rng_state=state,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                guidance_logits_NC=guidance,
+                guidance_scale=config.guidance_scale,
+                rows_BL=rows_BL,
+                samples_B=inputs.samples_B,
+            )
+            yield sampled_BL
+
+    def _logits(
+        self,
+        ids_BL: Tensor,
+        class_ids_B: Tensor,
+        num_masked: tuple[int, ...],
+        rng_state: Tensor,
+        cache: FeatureCache | None = None,
+        partial: bool = False,
+    ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"] | None]:
+        """Logits of the masked tokens, one after the other; where guided, those without a class too."""
+        guided = self.config.guidance_scale != 0.0
+        if guided:  # one doubled batch, conditional half first
+            ids_BL, num_masked = ids_BL.repeat(2, 1), num_masked * 2
+            class_ids_B = torch.cat([class_ids_B, self.model.class_ids(None, len(class_ids_B))])
+        is_masked_BL = ids_BL == self.model.config.mask_token_id
+        plan = plan_of_mask(is_masked_BL, num_masked, *self._dropped(is_masked_BL, num_masked, rng_state))
+        if cache is None:
+            logits_NC = self.model.masked_logits(ids_BL, class_ids_B, plan)
+        else:
+            logits_NC = cache.masked_logits(ids_BL, class_ids_B, plan, num_masked, partial=partial)
+        conditional, *unconditional = logits_NC.chunk(2) if guided else (logits_NC,)
+        return conditional, (unconditional[0] if guided else None)
+
+    def _dropped(
+        self, is_masked_BL: Tensor, num_masked: tuple[int, ...], rng_state: Tensor
+    ) -> tuple[Tensor, tuple[int, ...]] | tuple[None, None]:
+        """The masked tokens that the encoder does not see, and their numbers; Nones if there are none."""
+        config = self.model.config
+        if config.encoder_tokens == "unmasked":
+            return is_masked_BL, num_masked
+        if self.config.approximation != "drop_masked":
+            return None, None
+        most = self._most_dropped
+        num_dropped = tuple(min(count, most) for count in num_masked)
+        if num_dropped == num_masked:
+            return is_masked_BL, num_masked
+        # one order for all samples: their common first step stays common, and no batch matters
+        order_1L = rng.words(rng_state, rng.stream(rng.Stream.MASK_PLAN), 1, config.num_tokens)
+        rank_BL = order_1L.masked_fill(~is_masked_BL, 2**32).argsort(stable=True, dim=1).argsort(1)
+        return rank_BL < is_masked_BL.sum(1, keepdim=True).clamp(max=most), num_dropped
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; each module's own mode again afterwards (parts of a model may be frozen)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
