@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -45,7 +45,9 @@ from mage_fast.kernels import rng
 from mage_fast.kernels.roofline import Work
 from mage_fast.masking import draw_plan
 from mage_fast.model import MAGE
-from mage_fast.training.optim import adamw_parameter_groups, build_adamw, clip_gradients
+from mage_fast.training.optim import adamw_parameter_groups, build_adamw
+from mage_fast.training.precision import Precision
+from mage_fast.training.step import TrainStep
 from mage_fast.training.token_cache import TokenCache, TokenCacheWriter
 
 Recipe = Literal["tokens-given", "online", "cached"]
@@ -216,19 +218,10 @@ def cached_batches(twins: Twins, ids: Tensor) -> Batch:
 
 def our_step(model: MAGE, batch: Batch, dtype: torch.dtype, *, compiled: bool = False) -> Run:
     """Our step; in bfloat16 under autocast, parameters and optimizer in float32."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_adamw(model, _LR)
-    forward = torch.compile(model) if compiled else model
-
-    def run() -> None:
-        with autocast(model.head.bias.device.type, dtype):
-            loss = forward(batch()).loss
-        loss.backward()
-        clip_gradients(parameters, _MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    precision: Precision = "fp32" if dtype is torch.float32 else "bf16"
+    forward = cast(MAGE, torch.compile(model)) if compiled else model
+    step = TrainStep(forward, build_adamw(model, _LR), clip_norm=_MAX_NORM, precision=precision)
+    return lambda: step(batch())
 
 
 def reference_step(model: reference.MAGE, batch: Tensor, dtype: torch.dtype) -> Run:

@@ -19,6 +19,7 @@ from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
 from mage_fast.training.logs import METRICS_FILE, RunLogger
 from mage_fast.training.loop import train
+from mage_fast.training.memory import keep_freed_memory
 from mage_fast.training.optim import build_adamw
 from mage_fast.training.precision import Precision
 from mage_fast.training.run import Run, pick_device
@@ -145,6 +146,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     """
     recipe = config.recipe()
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     tokenizer = load_tokenizer(config.tokenizer, device)
     choices = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
     sizes = preset(config.preset, tokenizer, **choices)
