@@ -187,7 +187,7 @@ def test_cached_batches_come_from_disk(twins: Twins, monkeypatch: pytest.MonkeyP
         training.TokenCache, "batch", lambda self, indices: read.append(list(indices)) or batch(self, indices)
     )
     next_batch = training.cached_batches(twins, ids)
-    assert all(torch.equal(next_batch(), ids) for _ in range(17))
+    assert all(torch.equal(next_batch().long(), ids) for _ in range(17))
     assert read[:2] == [[0, 1], [2, 3]]
     assert read[16] == [0, 1]
 

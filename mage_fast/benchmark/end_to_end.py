@@ -24,7 +24,8 @@ from mage_fast.kernels.roofline import Device, Work, data_sheet
 from mage_fast.model import MAGE
 
 OURS = "mage_fast"
-COMPILED = "mage_fast-compiled"
+#: Ours under torch.compile, and replayed as CUDA graphs.
+COMPILED, GRAPH = "mage_fast-compiled", "mage_fast-graph"
 #: The published release's computation: in float32, as it trains on a GPU, and under torch.compile.
 EAGER, AMP, REFERENCE_COMPILED = (
     *("reference-eager-fp32", "reference-eager-fp16-amp", "reference-compiled-bf16"),
