@@ -164,6 +164,7 @@ def _record(
         "peak_mib": timing.peak_mib if timing else None,
         "correct": timing is not None,
         "rounds": len(timing.samples_ms) if timing else 0,
+        "activation_mib": None,
         "images_s": 1e3 * item.batch / ms if ms else None,
         "mfu_percent": 100 * peak_ms / ms if peak_ms and ms else None,
     }
