@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,21 +54,6 @@ def build_adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale all gradients so that their joint L2 norm is at most ``max_norm``; the norm before that.
-
-    The norm stays on the device: nothing waits for it here.
-
-    Equivalent PyTorch: ``torch.nn.utils.clip_grad_norm_(parameters, max_norm)``.
-
-    Raises:
-        InputError: ``max_norm`` is not positive.
-    """
-    if not max_norm > 0:
-        raise InputError(f"clip_gradients: max_norm is {max_norm}, wanted more than 0")
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-
-
 def clipped_step(
     optimizer: torch.optim.Optimizer, max_norm: float | None, loss_scale: LossScale | None = None
 ) -> Float[Tensor, ""]:
@@ -90,20 +75,21 @@ def clipped_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    divisor = torch.ones_like(norm)
+    divisor = found_inf = None
     if loss_scale is not None:
         norm = norm / loss_scale.scale
     if max_norm is not None:
         divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grad_norm_ has it
     if not is_fused(optimizer) or norm.dtype == torch.float64:  # fused kernels divide by a float32
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
+        if divisor is not None:
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
         optimizer.step()
         return norm
-    found_inf = None
+    if divisor is not None:
+        divisor = divisor.to(torch.float32)
     if loss_scale is not None:
         found_inf = (~norm.isfinite()).to(torch.float32)
-        divisor = divisor * loss_scale.scale
-    divisor = divisor.to(torch.float32)
+        divisor = loss_scale.scale * (1.0 if divisor is None else divisor)
     # where a GradScaler leaves them for the fused kernel
     optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
     try:

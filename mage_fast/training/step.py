@@ -91,6 +91,8 @@ class TrainStep:
         """
         if rng_state is None:
             rng_state = rng.new_state()
+        if rng_state.device.type != "cpu":
+            raise ValueError(f"TrainStep: rng_state is on {rng_state.device}, wanted it on the CPU")
         if inputs.is_floating_point():
             inputs = inputs.to(self.device, non_blocking=True)
         with autocast(self.precision, self.device):

@@ -295,4 +295,6 @@ def test_wrong_batches_change_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=error):
             step(inputs, labels)
+    with pytest.raises(ValueError, match="rng_state is on meta, wanted it on the CPU"):
+        step(draw_ids(tiny(), 2), rng_state=torch.empty(2, dtype=torch.int64, device="meta"))
     assert_all_close(values(model), before, rtol=0, atol=0)
