@@ -9,13 +9,20 @@ The steps, each a process of its own with a time limit, so that one that crashes
     gradients    attention's dQ, dK, dV at every path against float64          DIR/correctness.txt
     graphs       replays of a captured op draw fresh numbers                   DIR/correctness.txt
     large        every op on more than 2**31 elements                          DIR/correctness.txt
+    train        training steps of ViT-B from a token cache, batch 128 and     DIR/table.txt, results.json
+                 256, then online, then ViT-L, beside the reference's
+    generate     ViT-B, 64 images at a time, then one                          DIR/table.txt, results.json
+    tokenize     the tokenizer's two directions                                DIR/table.txt, results.json
     bench        every op at its real shapes beside its peers                  DIR/table.txt, results.json
-    compile      the same with torch.compile, the first shape of each op       DIR/table.txt, results.json
+    compile      a training step and the first shape of each op, also with     DIR/table.txt, results.json
+                 torch.compile
 
-then the plots of results.json. All output goes to its file as it comes, and results.json is written after
-each case, so what was done before a kill is kept. With --smoke the same runs on tiny shapes, on a CPU too.
-The exit status is 1 if a step failed or ran out of time. Needs torch, triton, rich, numpy, jaxtyping,
-matplotlib, pytest, pytest-benchmark and hypothesis, and of the peers whatever is there.
+then the plots and the page of results.json. All in one takes more than ten minutes: with --only give the
+first five steps, the whole steps (train, generate, tokenize) and the ops (bench, compile) a command each. All
+output goes to its file as it comes, and results.json is written after each case, so what was done before a
+kill is kept. With --smoke the same runs on tiny shapes, on a CPU too. The exit status is 1 if a step failed
+or ran out of time. Needs torch, triton, rich, tyro, numpy, jaxtyping, matplotlib, scikit-learn, safetensors,
+pytest, pytest-benchmark and hypothesis, and of the peers whatever is there.
 """
 
 from __future__ import annotations
@@ -34,15 +41,35 @@ import torch
 from rich.console import Console
 
 from benchmarks import large
-from mage_fast.benchmark import cases
+from mage_fast.benchmark import cases, records
 from mage_fast.benchmark.session import Session
 from mage_fast.kernels import dispatch
-from mage_fast.recipes import env
+from mage_fast.recipes import bench_report, env
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("environment", "tests", "gradients", "graphs", "large", "bench", "compile")
+STEPS = (
+    *("environment", "tests", "gradients", "graphs", "large", "train", "generate", "tokenize"),
+    *("bench", "compile"),
+)
 #: At most this share of the whole time for all processes of a step.
-SHARE = dict(environment=0.1, tests=0.3, gradients=0.15, graphs=0.1, large=0.2, bench=0.45, compile=1.0)
+SHARE = dict(
+    **dict(environment=0.1, tests=0.3, gradients=0.15, graphs=0.1, large=0.2),
+    **dict(train=0.5, generate=0.4, tokenize=0.2, bench=0.45, compile=1.0),
+)
+#: Options of ``mage-fast bench`` for whole steps, the most wanted figures first.
+WHOLE = {
+    "train": (
+        *(("--spec", "vit_b/cached"), ("--spec", "vit_b/cached", "--batch", "256")),
+        *(("--spec", "vit_b/online"), ("--spec", "vit_l/cached")),
+    ),
+    "generate": (
+        *(("--model", "vit_b", "--spec", "vit_b/20-steps/batch64"),),
+        *(("--model", "vit_b", "--spec", "vit_b/20-steps/batch1"),),
+    ),
+    "tokenize": (("--model", "vit_b"),),
+}
+#: How long an implementation of a whole step is timed.
+WHOLE_SECONDS = 1.0
 #: Kept for the plots at the end, and for a process that ran out of time to print what it has.
 RESERVE_SECONDS, LAST_SECONDS = 15, 5
 #: How long an implementation is timed.
@@ -60,7 +87,10 @@ class Process:
     @property
     def label(self) -> str:
         ops = self.command[self.command.index("--op") + 1 :] if "--op" in self.command else []
-        return f"{self.step} {ops[0] if len(ops) == 1 else ''}"
+        name = ops[0] if len(ops) == 1 else ""
+        if "--suite" in self.command:
+            name = " ".join(self.command[self.command.index("--suite") + 2 :])
+        return f"{self.step} {name}"
 
 
 def processes(steps: list[str], device: str, out: Path, smoke: bool) -> Iterator[Process]:
@@ -82,9 +112,24 @@ def processes(steps: list[str], device: str, out: Path, smoke: bool) -> Iterator
         elif step == "large":
             for ops in [[*large.CHECKS]] if smoke else [[op] for op in large.CHECKS]:
                 yield Process(step, [*check, step, "--op", *ops], "correctness.txt")
+        elif step in WHOLE:
+            for options in [()] if smoke else WHOLE[step]:
+                yield Process(
+                    step, [*_bench(device, out, small, "--no-compile"), step, *options], "table.txt"
+                )
         elif step == "bench" or device == "cuda":
+            if step == "compile":
+                whole = [*_bench(device, out, small, "--compile"), "train", *WHOLE["train"][0]]
+                yield Process(step, whole, "table.txt")
             for ops in [[*dispatch.OPS]] if smoke else [[op] for op in dispatch.OPS]:
                 yield Process(step, [*here, "--child", step, "--op", *ops], "table.txt")
+
+
+def _bench(device: str, out: Path, small: list[str], compiled: str) -> list[str]:
+    seconds = str(0.005 if small else WHOLE_SECONDS)
+    where = ["--device", device, "--out", str(out / "results.json")]
+    command = [sys.executable, "-u", "-m", "mage_fast.cli", "bench", *where, *small, compiled]
+    return [*command, "--seconds", seconds, "--suite"]
 
 
 def child(step: str, ops: list[str], device: str, out: Path, smoke: bool) -> int:
@@ -156,10 +201,11 @@ def main() -> int:
         ended = run(process, out, seconds) if seconds > 1 else "no time left"
         spent[process.step] += time.monotonic() - start
         failed |= ended != "done"
-        print(f"{process.label:28} {time.monotonic() - start:6.1f} s  {ended}", flush=True)
+        print(f"{process.label:48} {time.monotonic() - start:6.1f} s  {ended}", flush=True)
     session = Session(dispatch.OPS, options.device, out / "results.json", SECONDS)
     for path in session.plot():
         print(f"wrote {path}")
+    print(f"wrote {bench_report.write(records.read(out / 'results.json'), out / 'results.html')}")
     return 1 if failed else 0
 
 

@@ -1,23 +1,29 @@
-"""The benchmark tables of README.md (short) and docs/benchmarks.md (all), from benchmarks/results.
+"""Tables of README.md (short) and docs/benchmarks.md (all), and pictures, from benchmarks/results.
 
-python -m benchmarks.report          # writes the tables between the markers of the two files
-python -m benchmarks.report --check  # exit status 1 if one is another
+python -m benchmarks.report          # writes the tables between the markers of the two files, and pictures
+python -m benchmarks.report --check  # exit status 1 if a table is another, or a picture is missing
+
+Whether a picture is another is not checked: its bytes depend on fonts and on matplotlib's version.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from mage_fast.benchmark import records, tables
+from mage_fast.benchmark import plots, records, tables
 from mage_fast.files import atomic_path
 
 ROOT = Path(__file__).parent.parent
 README, FULL = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+#: Of each record file; the ratios of every shape are too many for a page.
+KINDS = ("end-to-end", "roofline")
 START, END = "<!-- benchmarks: python -m benchmarks.report -->", "<!-- end of benchmarks -->"
 
 
@@ -46,6 +52,20 @@ def rendered(text: str, results: Path = RESULTS, *, short: bool = True) -> str:
     return f"{before}{START}\n\n{table(results, short=short)}\n\n{END}{rest.split(END, 1)[1]}"
 
 
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Draw ``bench_<record file>-<kind>.png`` into the folder."""
+    drawn = []
+    for path in sorted(results.glob("*.json")):
+        drawn += plots.draw(records.read(path), folder / f"bench_{path.stem}.png", KINDS)
+    return drawn
+
+
+def missing(results: Path = RESULTS, folder: Path = PICTURES) -> list[str]:
+    """Names of the pictures that the folder lacks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return [path.name for path in draw(results, Path(scratch)) if not (folder / path.name).exists()]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,6 +86,11 @@ def main() -> int:
             continue
         with atomic_path(path) as temporary:
             temporary.write_text(wanted, encoding="utf-8")
+    if not options.check:
+        draw(RESULTS, PICTURES)
+    elif lacking := missing():
+        behind = True
+        print(f"docs/pictures lacks {', '.join(lacking)}: run python -m benchmarks.report", file=sys.stderr)
     return int(behind and options.check)
 
 

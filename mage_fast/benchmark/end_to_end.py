@@ -24,7 +24,8 @@ from mage_fast.kernels.roofline import Device, Work, data_sheet
 from mage_fast.model import MAGE
 
 OURS = "mage_fast"
-COMPILED = "mage_fast-compiled"
+#: Ours under torch.compile, and replayed as CUDA graphs.
+COMPILED, GRAPH = "mage_fast-compiled", "mage_fast-graph"
 #: The published release's computation: in float32, as it trains on a GPU, and under torch.compile.
 EAGER, AMP, REFERENCE_COMPILED = (
     *("reference-eager-fp32", "reference-eager-fp16-amp", "reference-compiled-bf16"),
@@ -163,6 +164,7 @@ def _record(
         "peak_mib": timing.peak_mib if timing else None,
         "correct": timing is not None,
         "rounds": len(timing.samples_ms) if timing else 0,
+        "activation_mib": None,
         "images_s": 1e3 * item.batch / ms if ms else None,
         "mfu_percent": 100 * peak_ms / ms if peak_ms and ms else None,
     }

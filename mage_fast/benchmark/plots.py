@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,22 @@ from mage_fast.kernels.roofline import Device, Work
 _COLOURS = ("#3b6ea5", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#5c5c5c", "#2f4858", "#c38d9e", "#a1c181")
 
 
-def draw(records: list[dict[str, Any]], out: Path) -> list[Path]:
-    """Write ``<out>-end-to-end.png``, ``-ratios.png`` and ``-roofline.png`` where there is something to draw;
-    their paths.
-    """
+KINDS = ("end-to-end", "ratios", "roofline")
+
+
+def draw(records: list[dict[str, Any]], out: Path, kinds: Collection[str] = KINDS) -> list[Path]:
+    """Write ``<out>-<kind>.png`` of each kind that there is something to draw for; their paths."""
     drawn = []
     timed = [r for r in records if r["suite"] in ("kernels", *SUITES) and r["median_ms"]]
     steps = [r for r in timed if r["suite"] != "kernels" and r["ratio"]]
-    if any(r["implementation"] != r["baseline"] for r in steps):
+    if "end-to-end" in kinds and any(r["implementation"] != r["baseline"] for r in steps):
         drawn.append(_end_to_end(steps, out.with_name(f"{out.stem}-end-to-end.png")))
     kernels = [r for r in timed if r["suite"] == "kernels"]
-    if compared := [r for r in kernels if r["ratio"] and r["implementation"] != r["baseline"]]:
+    compared = [r for r in kernels if r["ratio"] and r["implementation"] != r["baseline"]]
+    if "ratios" in kinds and compared:
         drawn.append(_ratios(compared, out.with_name(f"{out.stem}-ratios.png")))
     limits = as_device(records)
-    if limits and timed:
+    if "roofline" in kinds and limits and timed:
         drawn.append(_roofline(timed, limits, out.with_name(f"{out.stem}-roofline.png")))
     return drawn
 

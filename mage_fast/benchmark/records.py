@@ -50,14 +50,17 @@ def versions() -> dict[str, str]:
 
 
 def complete(records: Iterable[dict[str, Any]], device: str) -> list[dict[str, Any]]:
-    """The records in the stored form: every field, and where and when they were taken."""
+    """The records in the stored form: every field, and where and when they were taken.
+
+    What a record says itself, as the device of a data sheet, stays.
+    """
     taken = {
         "device": device_name(device),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
     named = {"reference": REFERENCE_NAME}
-    rows = [r | taken | {"baseline": named.get(str(r.get("baseline")), r.get("baseline"))} for r in records]
+    rows = [taken | r | {"baseline": named.get(str(r.get("baseline")), r.get("baseline"))} for r in records]
     return [{key: row.get(key) for key in FIELDS} for row in rows]
 
 

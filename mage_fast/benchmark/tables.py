@@ -49,6 +49,7 @@ _STEP_COLUMNS = (
     ("median ms", "median_ms", ",.1f"),
     ("img/s", "images_s", ",.2f"),
     ("ratio", "ratio", ".2f"),
+    ("floor ms", "floor_ms", ",.2f"),
     ("% of floor", "percent_of_floor", ".1f"),
     ("MFU %", "mfu_percent", ".1f"),
     ("kept MiB", "activation_mib", ",.0f"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from mage_fast.benchmark import cases, records, session, suites, tables
+from mage_fast.benchmark import cases, paper, records, session, suites, tables
 from mage_fast.benchmark.end_to_end import models
 from mage_fast.benchmark.session import Session
 from mage_fast.errors import InputError
@@ -50,7 +50,8 @@ class BenchConfig:
     profile: bool = False
     #: The tiny shapes, to see that everything runs.
     smoke: bool = False
-    #: Measure nothing: print what must move and be computed, and this device's floors by its data sheet.
+    #: Measure nothing: print what must move and be computed, and this device's floors by its data sheet; of
+    #: whole steps also which goals they allow, and with --out records of them.
     roofline: Literal["a100", "h100", "h200"] | None = None
 
 
@@ -128,6 +129,16 @@ def _paper(config: BenchConfig, console: Console) -> None:
     device = DEVICES[config.roofline]
     if config.suite == "kernels":
         console.print(tables.paper(device, config.op or dispatch.OPS))
+        return
+    found = paper.floors(config.suite, device, config.model, config.batch)
+    console.print(paper.table(found, device))
+    for floor in found:
+        for verdict in floor.verdicts(device):
+            console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(paper.LEGEND, markup=False, highlight=False)
+    if config.out is not None:
+        records.update(config.out, records.complete(paper.records(found, device), "cpu"))
+        console.print(f"wrote {config.out}", highlight=False, soft_wrap=True)
 
 
 def table_console() -> Console:
