@@ -23,6 +23,7 @@ from mage_fast.feature_cache import FeatureCache
 from mage_fast.kernels import check, dispatch, rng
 from mage_fast.kernels.ops.mask_plan.api import plan_of_mask
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
+from mage_fast.linear import RoundedWeights
 from mage_fast.masking import token_counts
 from mage_fast.model import MAGE
 
@@ -153,6 +154,7 @@ class Decoding:
             )
         drop_ratio = torch.tensor([model.config.drop_ratio], dtype=torch.float64)
         self._most_dropped = int(token_counts(drop_ratio, model.config.num_tokens))
+        self._weights = RoundedWeights(model)
         self._graph: CUDAGraph | None = None
         self._graph_key: tuple | None = None
         self._last_key: tuple | None = None
@@ -169,7 +171,7 @@ class Decoding:
     ) -> Int64[Tensor, "B L"]:
         """Decode one batch; arguments and errors are those of :func:`mage_fast.generate_ids`."""
         kind, inputs = self._prepare(batch, ids_BL, labels_B, seed, first_sample)
-        with _eval_mode(self.model):
+        with _eval_mode(self.model), self._weights.lent():
             if not CUDAGraph.runs_on(inputs.ids_BL.device):
                 return self._last(kind, inputs)
             key = (kind, *self._surroundings())
@@ -193,7 +195,7 @@ class Decoding:
         first_sample: int = 0,
     ) -> Iterator[Int64[Tensor, "B L"]]:
         """Yield all tokens as decided after each step; the last are what a call gives."""
-        with _eval_mode(self.model):
+        with _eval_mode(self.model), self._weights.lent():
             yield from self._steps(*self._prepare(batch, ids_BL, labels_B, seed, first_sample))
 
     def _surroundings(self) -> tuple:

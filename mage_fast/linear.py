@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,9 +24,48 @@ def project(
 class Linear(nn.Linear):
     """``nn.Linear`` that makes no copy of its weight in another dtype."""
 
+    #: The weight in another dtype while :class:`RoundedWeights` lends it.
+    rounded_FD: Tensor | None = None
+
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
-        return project(x, self.weight, self.bias)
+        return project(x, self._factor, self.bias)
 
     def product(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows F"]:
         """Without the bias, which an op behind it adds."""
-        return project(x, self.weight)
+        return project(x, self._factor)
+
+    @property
+    def _factor(self) -> Tensor:
+        return self.weight if self.rounded_FD is None else self.rounded_FD
+
+
+class RoundedWeights:
+    """Copies of a model's linear weights in autocast's dtype, for work that reads the same ones many times.
+
+    The copies keep their memory from one use to the next, as CUDA graphs want it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, Linear)]
+        self._copies: list[Tensor] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, products read copies of the weights as they are now; without autocast, the weights."""
+        weights = [layer.weight.detach() for layer in self._layers]
+        device = weights[0].device.type
+        if not torch.is_autocast_enabled(device):
+            yield
+            return
+        like = weights[0].to(torch.get_autocast_dtype(device))
+        if not self._copies or (self._copies[0].dtype, self._copies[0].device) != (like.dtype, like.device):
+            self._copies = [weight.to(like.dtype) for weight in weights]
+        else:
+            torch._foreach_copy_(self._copies, weights)
+        try:
+            for layer, copy in zip(self._layers, self._copies, strict=True):
+                layer.rounded_FD = copy
+            yield
+        finally:
+            for layer in self._layers:
+                layer.rounded_FD = None

@@ -63,6 +63,17 @@ def test_loss_and_gradients_equal_the_plain_model(
     assert_same_gradients(model, plain, tolerance)
 
 
+def test_the_norms_own_eps() -> None:
+    model, plain = pair(tiny(dropout=0.0))
+    for x in (model, plain):
+        for number, norm in enumerate(part for part in x.modules() if isinstance(part, nn.LayerNorm)):
+            norm.eps = 0.05 * (number + 1)
+    accelerate(model)
+    ids, given = draw_ids(tiny(), 2), draw_masks(plain)
+    assert_near(model(ids, **given).loss, plain(ids, **given).loss)
+    assert_near(model.features(ids), plain.features(ids))
+
+
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_features_and_the_models_own_methods(changes: dict) -> None:
     config = tiny(**changes)

@@ -91,7 +91,7 @@ void multiply_panels(
   const int64_t panels = ceil_div(columns, P::kColumns), threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(threads / std::max<int64_t>(panels, 1), 1, ceil_div(rows, 64));
   const int64_t part_rows = ceil_div(rows, parts);
-  parallel(panels * parts, 1, [&](int64_t task) {
+  parallel_in_turn(panels * parts, [&](int64_t task) {
     const int64_t first = task / parts * P::kColumns, width = std::min(P::kColumns, columns - first);
     const int64_t row = task % parts * part_rows, some = std::min(part_rows, rows - row);
     if (some <= 0) return;
@@ -125,7 +125,7 @@ void sum_rows(const T* grad, int64_t rows, int64_t columns, float* sums) {
 // grad_weight = grad^T x
 void weight_gradient(const float* grad, const float* x, int64_t rows, int64_t out, int64_t in, float* to) {
   using P = Panels<float>;
-  parallel(ceil_div(in, P::kColumns), 1, [&](int64_t index) {
+  parallel_in_turn(ceil_div(in, P::kColumns), [&](int64_t index) {
     const int64_t first = index * P::kColumns, width = std::min(P::kColumns, in - first);
     const Buffer panel(P::size(rows));
     P::pack_rows(x + first, in, width, rows, panel.data());
@@ -162,11 +162,11 @@ void weight_gradient(
   for (int64_t start = 0; start < rows; start += pieces.size) {
     const int64_t some = pieces.length(start);
     // the left factor's pairs are along its columns too: its panels are packed as the right one's
-    parallel(left_panels, 1, [&](int64_t index) {
+    parallel_in_turn(left_panels, [&](int64_t index) {
       const int64_t first = index * kPanelColumns, width = std::min(kPanelColumns, left_columns - first);
       pack_rows(left + start * left_columns + first, left_columns, width, some, left_buffer.data() + index * size);
     });
-    parallel(ceil_div(right_columns, kPanelColumns), 1, [&](int64_t index) {
+    parallel_in_turn(ceil_div(right_columns, kPanelColumns), [&](int64_t index) {
       const int64_t first = index * kPanelColumns, width = std::min(kPanelColumns, right_columns - first);
       const PanelBuffer panel(size);
       pack_rows(right + start * right_columns + first, right_columns, width, some, panel.data());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <type_traits>
@@ -88,6 +89,16 @@ template <class F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// The same where an f takes long: a thread that comes free takes the next i, so that none waits for a slower one.
+template <class F>
+void parallel_in_turn(int64_t count, const F& f) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) f(i);
   });
 }
 

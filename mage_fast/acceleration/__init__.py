@@ -149,7 +149,7 @@ def accelerate(
     assumed: dict[str, str] = {}
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if kind is None or any(name.startswith(f"{done}.") for done in replacements):
+        if kind is None or any(not done or name.startswith(f"{done}.") for done in replacements):
             continue
         found = search.replacement_for(module, kind)
         if isinstance(found, str):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mage_fast import checkpoint
 from mage_fast.acceleration.replacement import Replacement, active_dropout
-from mage_fast.acceleration.transformer import FastBlock, bind_dropouts, dropout_of, output_dropout
+from mage_fast.acceleration.transformer import FastBlock, dropout_of, follow_block, output_dropout
 from mage_fast.config import MAGEConfig
 from mage_fast.errors import CheckpointError
 from mage_fast.kernels import check, rng
@@ -103,14 +103,12 @@ class FastMAGE(Replacement):
             self.ours = MAGE(config, tokenizer)
         if tokenizer is not None:
             self.ours.tokenizer = None
-        #: (our module, our name, their module, their name) of each parameter.
-        self.pairs: list[tuple[Any, str, Any, str]] = []
         for name, _ in self.ours.named_parameters():
             (ours, _, our_name), (theirs, _, their_name) = (
                 full.rpartition(".") for full in (name, checkpoint.published_name(name))
             )
             part, owner = self.ours.get_submodule(ours), module.get_submodule(theirs)
-            self.pairs.append((part, our_name, owner, their_name))
+            self.tensors.append((part, our_name, owner, their_name))
             if isinstance(part, nn.LayerNorm):
                 part.eps = owner.eps
         self.ours.tokenizer = self.ours.tokenizer if tokenizer is None else tokenizer
@@ -133,18 +131,14 @@ class FastMAGE(Replacement):
 
     def bind(self) -> bool:
         """Take over the user's tensors and dropouts as they are now; whether anything drops."""
-        for ours, our_name, theirs, their_name in self.pairs:
-            tensor = getattr(theirs, their_name)
-            if ours._parameters[our_name] is not tensor:
-                ours._parameters[our_name] = tensor
+        self.take_tensors()
         if not self.ours.training:
             self.ours.train()  # the user's dropouts have their own modes
         embedding = self.ours.embedding
         embedding.dropout = active_dropout(dropout_of(self.module.token_emb, "dropout", "drop"))
         probabilities = [embedding.dropout]
         for block, theirs in self.blocks:
-            bind_dropouts(block, theirs)
-            probabilities += [block.dropout, block.attention.dropout, block.mlp.dropout]
+            probabilities += follow_block(block, theirs)
         return any(probabilities)
 
     def mage(self) -> MAGE:
@@ -208,10 +202,10 @@ def _plan_of(mask_BL: Tensor, drop_mask_BL: Tensor | None) -> MaskPlan:
         check.shape("MAGE", name, x, (None, None))
     check.shape("MAGE", "drop_mask", drop_mask_BL, tuple(mask_BL.shape))
     counts = [mask_BL.sum(1), drop_mask_BL.sum(1), (drop_mask_BL & ~mask_BL).sum(1)]
-    masked_B, dropped_B, wrong_B = torch.stack(counts).cpu()
-    if wrong_B.any():
-        raise ValueError(f"MAGE: drop_mask has {int(wrong_B.sum())} tokens outside mask, wanted none")
-    return plan_of_mask(mask_BL, masked_B.tolist(), drop_mask_BL, dropped_B.tolist())
+    masked, dropped, outside = torch.stack(counts).tolist()
+    if sum(outside):
+        raise ValueError(f"MAGE: drop_mask has {sum(outside)} tokens outside mask, wanted none")
+    return plan_of_mask(mask_BL, masked, drop_mask_BL, dropped)
 
 
 def whole_model(

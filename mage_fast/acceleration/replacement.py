@@ -26,6 +26,8 @@ class Replacement:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.ours: Any = None
+        #: (our module, our name, their module, their name) of each parameter.
+        self.tensors: list[tuple[nn.Module, str, nn.Module, str]] = []
         #: Every module below, as it was when the replacement was made: these are not called any more.
         self.bypassed = [
             (f"{path}.{name}" if path else name, parent, name, child, type(child))
@@ -49,6 +51,18 @@ class Replacement:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+    def pair(self, *modules: tuple[nn.Module, nn.Module]) -> None:
+        """Let each of our modules have the tensors that its counterpart has under the same names."""
+        for ours, theirs in modules:
+            self.tensors += [(ours, name, theirs, name) for name in ours._parameters]
+
+    def take_tensors(self) -> None:
+        """Give ours the tensors that the user's modules hold now."""
+        for ours, our_name, theirs, their_name in self.tensors:
+            tensor = getattr(theirs, their_name)
+            if ours._parameters[our_name] is not tensor:
+                ours._parameters[our_name] = tensor
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -97,14 +111,6 @@ def own_forward_or_hooks(module: nn.Module) -> str | None:
     if "forward" in module.__dict__ and replacement_of(module) is None:
         return "has a forward of its own in the instance"
     return None
-
-
-def bind(ours: nn.Module, theirs: nn.Module) -> None:
-    """Give our module (none of its children) the tensors that theirs has under the same names."""
-    for name in ours._parameters:
-        tensor = getattr(theirs, name)
-        if ours._parameters[name] is not tensor:
-            ours._parameters[name] = tensor
 
 
 def active_dropout(dropout: Any) -> float:

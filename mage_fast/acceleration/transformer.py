@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mage_fast.acceleration.replacement import Replacement, active_dropout, bind, dropout_state
+from mage_fast.acceleration.replacement import Replacement, active_dropout, dropout_state
 from mage_fast.attention import Attention
 from mage_fast.blocks import Block, Mlp
 
@@ -37,23 +37,22 @@ def dropout_of(module: Any, *names: str) -> Any:
     return next((module._modules[name] for name in names if name in module._modules), None)
 
 
-def bind_attention(ours: Attention, theirs: Any) -> None:
-    bind(ours.qkv, theirs.qkv)
-    bind(ours.proj, theirs.proj)
+def follow_attention(ours: Attention, theirs: Any) -> None:
+    """Drop attention probabilities as the user's module does now; the output's dropout is no part of ours."""
     ours.dropout = active_dropout(dropout_of(theirs, "attn_drop"))
 
 
-def bind_mlp(ours: Mlp, theirs: Any) -> None:
-    bind(ours.fc1, theirs.fc1)
-    bind(ours.fc2, theirs.fc2)
+def follow_mlp(ours: Mlp, theirs: Any) -> None:
+    """Drop activations as the user's module does now; the output's dropout is no part of ours."""
     ours.dropout = active_dropout(dropout_of(theirs, "drop1", "drop"))
 
 
-def bind_dropouts(ours: Block, theirs: Any) -> None:
-    """All but that of the MLP's output; see :func:`output_dropout`."""
-    ours.attention.dropout = active_dropout(dropout_of(theirs.attn, "attn_drop"))
-    ours.mlp.dropout = active_dropout(dropout_of(theirs.mlp, "drop1", "drop"))
+def follow_block(ours: Block, theirs: Any) -> list[float]:
+    """Drop as the user's block does now, but for the MLP's output; the probabilities."""
+    follow_attention(ours.attention, theirs.attn)
+    follow_mlp(ours.mlp, theirs.mlp)
     ours.dropout = active_dropout(dropout_of(theirs.attn, "proj_drop"))
+    return [ours.attention.dropout, ours.dropout, ours.mlp.dropout]
 
 
 def output_dropout(mlp: Any) -> Any:
@@ -69,13 +68,15 @@ class FastAttention(Replacement):
         width = module.proj.in_features
         with torch.device("meta"):
             self.ours = Attention(width, heads, 0.0, layer=0)
+        self.pair((self.ours.qkv, module.qkv), (self.ours.proj, module.proj))
         self.what = f"attention, {heads} heads of {width // heads}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x_BSD = the_input(args, kwargs, (3,))
         if x_BSD is None or self.must_fall_back():
             return self.plain(*args, **kwargs)
-        bind_attention(self.ours, self.module)
+        self.take_tensors()
+        follow_attention(self.ours, self.module)
         x_TD, cu_seqlens, length = sequences(x_BSD)
         rng_state = dropout_state([self.ours.dropout], x_BSD.device)
         out_BSD = self.ours(x_TD, cu_seqlens, length, rng_state).view(x_BSD.shape)
@@ -91,13 +92,15 @@ class FastMlp(Replacement):
         width, hidden = module.fc1.in_features, module.fc1.out_features
         with torch.device("meta"):
             self.ours = Mlp(width, hidden, 0.0, layer=0)
+        self.pair((self.ours.fc1, module.fc1), (self.ours.fc2, module.fc2))
         self.what = f"MLP, {width} to {hidden} and back"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = the_input(args, kwargs, (2, 3, 4))
         if x is None or self.must_fall_back():
             return self.plain(*args, **kwargs)
-        bind_mlp(self.ours, self.module)
+        self.take_tensors()
+        follow_mlp(self.ours, self.module)
         rng_state = dropout_state([self.ours.dropout], x.device)
         out = self.ours(x.flatten(0, -2), rng_state).view(x.shape)
         dropout = output_dropout(self.module)
@@ -113,7 +116,11 @@ class FastBlock(Replacement):
         with torch.device("meta"):
             self.ours = Block(width, heads, 1.0, 0.0, layer=0)
             self.ours.mlp = Mlp(width, hidden, 0.0, layer=0)
-        self.ours.norm1.eps, self.ours.norm2.eps = module.norm1.eps, module.norm2.eps
+        ours, attn, mlp = self.ours, module.attn, module.mlp
+        self.pair((ours.norm1, module.norm1), (ours.norm2, module.norm2))
+        self.pair((ours.attention.qkv, attn.qkv), (ours.attention.proj, attn.proj))
+        self.pair((ours.mlp.fc1, mlp.fc1), (ours.mlp.fc2, mlp.fc2))
+        ours.norm1.eps, ours.norm2.eps = module.norm1.eps, module.norm2.eps
         self.what = f"block, {heads} heads of {width // heads}, MLP {width} to {hidden} and back"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,12 +128,8 @@ class FastBlock(Replacement):
         if x_BSD is None or self.must_fall_back():
             return self.plain(*args, **kwargs)
         ours = self.ours
-        bind(ours.norm1, self.module.norm1)
-        bind(ours.norm2, self.module.norm2)
-        bind_attention(ours.attention, self.module.attn)
-        bind_mlp(ours.mlp, self.module.mlp)
-        bind_dropouts(ours, self.module)
-        rng_state = dropout_state([ours.dropout, ours.attention.dropout, ours.mlp.dropout], x_BSD.device)
+        self.take_tensors()
+        rng_state = dropout_state(follow_block(ours, self.module), x_BSD.device)
         x_TD, cu_seqlens, length = sequences(x_BSD)
         x_TD, branch_TD = ours.before_last_addition(x_TD, ours.norm1(x_TD), cu_seqlens, length, rng_state)
         dropout = output_dropout(self.module.mlp)
