@@ -141,6 +141,8 @@ class Training(Item):
             Incorrect: they are farther from the reference's than ``TOLERANCE``.
         """
         ours, theirs = self.twins.pair
+        for model in (ours, theirs):  # a step before may have left its gradients
+            model.zero_grad()
         remark = ""
         if self.recipe == "online":
             remark = check_features(self.twins, self.batch, dtype)
