@@ -16,9 +16,14 @@ def project(
     x: Float[Tensor, "*rows D"], weight_FD: Float[Tensor, "F D"], bias_F: Float[Tensor, " F"] | None = None
 ) -> Float[Tensor, "*rows F"]:
     """``F.linear``; within autocast x is cast, and the weight goes to the product as it is."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return linear(x, weight_FD, bias_F)
+    dtype = _autocast_dtype(x.device.type)
+    return linear(x if dtype is None else x.to(dtype), weight_FD, bias_F)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on the device, None where it is off or there is none."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
 
 
 class Linear(nn.Linear):
@@ -53,13 +58,13 @@ class RoundedWeights:
     def lent(self) -> Iterator[None]:
         """Inside, products read copies of the weights as they are now; without autocast, the weights."""
         weights = [layer.weight.detach() for layer in self._layers]
-        device = weights[0].device.type
-        if not torch.is_autocast_enabled(device):
+        device = weights[0].device if weights else torch.device("cpu")
+        dtype = _autocast_dtype(device.type)
+        if dtype is None or not weights:
             yield
             return
-        like = weights[0].to(torch.get_autocast_dtype(device))
-        if not self._copies or (self._copies[0].dtype, self._copies[0].device) != (like.dtype, like.device):
-            self._copies = [weight.to(like.dtype) for weight in weights]
+        if [(copy.dtype, copy.device) for copy in self._copies[:1]] != [(dtype, device)]:
+            self._copies = [weight.to(dtype) for weight in weights]
         else:
             torch._foreach_copy_(self._copies, weights)
         try:

@@ -163,7 +163,7 @@ class PairProducts {
 
 // f(T{}, type of the products) for the dtype of qkv.
 template <class F>
-void for_products(const Tensor& qkv, int64_t features, const F& f) {
+void for_products(const Tensor& qkv, [[maybe_unused]] int64_t features, const F& f) {
 #if defined(__AVX512F__)
   if (qkv.scalar_type() == ScalarType::BFloat16 && features % 2 == 0 && has_bfloat16_dot()) {
     return f(BFloat16{}, std::type_identity<PairProducts>{});
