@@ -244,11 +244,15 @@ def distance(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def near(what: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    """Raises Incorrect where ``got`` is farther from ``wanted`` than ``TOLERANCE``."""
+def near(what: str, got: Tensor, wanted: Tensor, dtype: torch.dtype, plain: Tensor | None = None) -> None:
+    """Raises Incorrect where ``got`` is farther from ``wanted`` than ``TOLERANCE`` and, where it is given, than
+    what the reference computes in the same dtype.
+    """
     if got.shape != wanted.shape:
         raise Incorrect(f"{what} have shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}")
     off, allowed = distance(got, wanted), TOLERANCE[dtype]
+    if plain is not None:
+        allowed = max(allowed, distance(plain, wanted))
     if not off <= allowed:  # NaN too
         raise Incorrect(f"{what} are off by {off:.2g} of their length, allowed {allowed:.2g}")
 

@@ -106,10 +106,9 @@ class Tokenization(Item):
         if self.direction == "encode":
             return check_features(self.twins, self.batch, dtype)
         ours, theirs = self.twins.pair
-        near(
-            *("the decoded images", self._run(self._ours(ours), dtype)),
-            *(self._run(self._theirs(theirs), torch.float32), dtype),
-        )
+        got = self._run(self._ours(ours), dtype)
+        wanted, plain = (self._run(self._theirs(theirs), d) for d in (torch.float32, dtype))
+        near("the decoded images", got, wanted, dtype, plain)
         return ""
 
 
