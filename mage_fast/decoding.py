@@ -195,7 +195,7 @@ class Decoding:
         first_sample: int = 0,
     ) -> Iterator[Int64[Tensor, "B L"]]:
         """Yield all tokens as decided after each step; the last are what a call gives."""
-        with _eval_mode(self.model), self._weights.lent():
+        with _eval_mode(self.model):  # weights are not lent: between steps the model is the caller's
             yield from self._steps(*self._prepare(batch, ids_BL, labels_B, seed, first_sample))
 
     def _surroundings(self) -> tuple:
