@@ -245,8 +245,8 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 
 
 def near(what: str, got: Tensor, wanted: Tensor, dtype: torch.dtype, plain: Tensor | None = None) -> None:
-    """Raises Incorrect where ``got`` is farther from ``wanted`` than ``TOLERANCE`` and, where it is given, than
-    what the reference computes in the same dtype.
+    """Raises Incorrect where ``got`` is farther from ``wanted`` than ``TOLERANCE``, and than ``plain`` is, what
+    the reference computes in the same dtype.
     """
     if got.shape != wanted.shape:
         raise Incorrect(f"{what} have shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}")

@@ -30,7 +30,7 @@ from mage_fast.training.step import TrainStep
 
 SAMPLES = "samples.png"
 #: Settings that may change when a run goes on.
-FREE = ("tokenizer", "out", "workers", "device", "log_every", "save_every_seconds")
+FREE = ("tokenizer", "out", "workers", "device", "graph", "log_every", "save_every_seconds")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class PretrainConfig:
     device: str = "auto"
     #: bf16 and fp16: autocast; parameters stay float32. fp16 scales the loss against underflow.
     precision: Precision = "fp32"
+    #: On CUDA: capture the step in a few graphs and replay them, which spares the host's time.
+    graph: bool = False
     #: Steps between logs.
     log_every: int = 10
     save_every_seconds: float = 600.0
@@ -164,7 +166,9 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = MAGE(sizes, tokenizer).to(device)
     optimizer = build_adamw(model, highest_lr, weight_decay=config.weight_decay)
-    train_step = TrainStep(model, optimizer, clip_norm=config.clip_norm, precision=config.precision)
+    train_step = TrainStep(
+        model, optimizer, clip_norm=config.clip_norm, precision=config.precision, graph=config.graph
+    )
     scaled = {} if train_step.loss_scale is None else {"loss_scale": train_step.loss_scale}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     folder = Run(

@@ -271,3 +271,11 @@ def test_demo_writes_its_report(
     assert "http" not in page.replace('charset="utf-8"', ""), "the page needs no network"
     assert Image.open(tmp_path / "samples.png").size[0] > 256
     run_command(capsys, "demo", "--out", tmp_path, "--tokenizer-steps", 4, "--epochs", 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs run on this device")
+def test_graphs_are_refused_on_a_cpu_before_a_folder_is_made(tokenizer: Path, tmp_path: Path) -> None:
+    config = pretrain.PretrainConfig(tokenizer=tokenizer, out=tmp_path / "run", graph=True)
+    with pytest.raises(InputError, match="graph=True with a model on cpu, wanted it on cuda"):
+        pretrain.run(config)
+    assert not config.out.exists()
