@@ -245,7 +245,7 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 
 
 def near(what: str, got: Tensor, wanted: Tensor, dtype: torch.dtype, plain: Tensor | None = None) -> None:
-    """Raises Incorrect where ``got`` is farther from ``wanted`` than ``TOLERANCE``, and than ``plain`` is, what
+    """Raises Incorrect where ``got`` is farther from ``wanted`` than ``TOLERANCE``, and than ``plain``: what
     the reference computes in the same dtype.
     """
     if got.shape != wanted.shape:

@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_images
 from mage_fast import MAGE, MAGEConfig
 from mage_fast.cli import main
 from mage_fast.config import TokenizerConfig
+from mage_fast.errors import InputError
 from mage_fast.recipes import pretrain, tokenize, train_tokenizer
 from mage_fast.training.run_state import read_part
 from mage_fast.training.token_cache import TokenCache
