@@ -40,7 +40,7 @@ class Forward {
     for (int64_t key = 0; key < task.length; key += keys.size) {
       const int64_t some = keys.length(key), stride = heads_.qkv_stride();
       const T* k = qkv + heads_.qkv_offset(task.start + key, 1, task.head);
-      products_.set_keys(Rows<T>{k, stride, some}, Rows<T>{k + heads_.out_stride(), stride, some}, false);
+      products_.set_keys(Rows<T>{k, stride, some}, Rows<T>{k + heads_.out_stride(), stride, some});
       for (int64_t query = 0; query < task.queries; query += queries.size) {
         const int64_t rows = queries.length(query);
         const T* q = qkv + heads_.qkv_offset(row + query, 0, task.head);

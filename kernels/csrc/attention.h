@@ -85,14 +85,6 @@ struct Heads {
   int64_t out_offset(int64_t row, int64_t head) const { return (row * count + head) * features; }
 };
 
-// Asks for a row, to be read or to be written, before it is wanted: rows of a head are far apart, so the
-// processor does not foresee them.
-template <bool kToWrite, class T>
-inline __attribute__((always_inline)) void prefetch(const T* row, int64_t features) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < features; i += kLine) __builtin_prefetch(row + i, kToWrite, 2);
-}
-
 // Dropout of probabilities: 8 bits each.
 struct ProbabilityDropout {
   bool drops = false;

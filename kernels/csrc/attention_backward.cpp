@@ -48,7 +48,7 @@ class Backward {
       const int64_t some = keys.length(key);
       const T* k = q + key * stride + heads_.out_stride();
       const T* v = k + heads_.out_stride();
-      products_.set_keys(Rows<T>{k, stride, some}, Rows<T>{v, stride, some}, true);
+      products_.set_keys(Rows<T>{k, stride, some}, Rows<T>{v, stride, some});
       for (int64_t query = 0; query < task.length; query += queries.size) {
         const int64_t rows = queries.length(query), row = (task.start + query) * heads_.count + task.head;
         const Rows<T> q_block{q + query * stride, stride, rows};

@@ -21,7 +21,7 @@ class FloatProducts {
  public:
   // At most so many keys and, of queries, rows at a time; `backward`: also the products of the gradients.
   FloatProducts(int64_t features, int64_t keys, int64_t rows, bool backward)
-      : features_(features),
+      : features_(features), backward_(backward),
         scratch_(
             2 * Scratch::room(features, keys) + Scratch::room(keys, features) + 2 * Scratch::room(rows, features)),
         kt_(scratch_.take(features, keys)), vt_(backward ? scratch_.take(features, keys) : Matrix{}),
@@ -30,11 +30,11 @@ class FloatProducts {
 
   // Forward: K^T and V. Backward: K^T, V^T and K.
   template <class T>
-  void set_keys(Rows<T> k, Rows<T> v, bool backward) {
+  void set_keys(Rows<T> k, Rows<T> v) {
     keys_ = k.count;
     copy_transposed(k.data, k.stride, keys_, features_, kt_);
-    if (backward) copy_transposed(v.data, v.stride, keys_, features_, vt_);
-    const Rows<T> rows = backward ? k : v;
+    if (backward_) copy_transposed(v.data, v.stride, keys_, features_, vt_);
+    const Rows<T> rows = backward_ ? k : v;
     copy_rows(rows.data, rows.stride, keys_, features_, k_or_v_);
   }
 
@@ -71,6 +71,7 @@ class FloatProducts {
   }
 
   int64_t features_, keys_ = 0;
+  bool backward_;
   Scratch scratch_;
   Matrix kt_, vt_, k_or_v_, first_, second_;
 };
@@ -80,22 +81,22 @@ class FloatProducts {
 class PairProducts {
  public:
   PairProducts(int64_t features, int64_t keys, int64_t rows, bool backward)
-      : features_(features), kt_(panels(keys) * panel_size(features)),
+      : features_(features), backward_(backward), kt_(panels(keys) * panel_size(features)),
         vt_(backward ? panels(keys) * panel_size(features) : 0), k_or_v_(panels(features) * panel_size(keys)),
         right_(backward ? panels(features) * panel_size(rows) : 0),
         left_(std::max(rows * stride_of_pairs(keys), backward ? panel_size(rows) : 0)) {}
 
-  void set_keys(Rows<BFloat16> k, Rows<BFloat16> v, bool backward) {
+  void set_keys(Rows<BFloat16> k, Rows<BFloat16> v) {
     keys_ = k.count;
     for_panels(keys_, features_, kt_, [&](int64_t key, int64_t width, BFloat16* panel) {
       pack_columns(k.data + key * k.stride, k.stride, width, features_, panel);
     });
-    if (backward) {
+    if (backward_) {
       for_panels(keys_, features_, vt_, [&](int64_t key, int64_t width, BFloat16* panel) {
         pack_columns(v.data + key * v.stride, v.stride, width, features_, panel);
       });
     }
-    pack(backward ? k : v, k_or_v_);
+    pack(backward_ ? k : v, k_or_v_);
   }
 
   void scores(Rows<BFloat16> q, Matrix to) { times(q, kt_, to); }
@@ -156,6 +157,7 @@ class PairProducts {
   }
 
   int64_t features_, keys_ = 0;
+  bool backward_;
   PanelBuffer kt_, vt_, k_or_v_, right_, left_;
 };
 

@@ -22,12 +22,6 @@ constexpr int kVectors = kPanelColumns / kLanes;
 // The parts of a row that are in one page follow each other in the cache by themselves; rows do not.
 constexpr int64_t kAheadRows = 16, kAheadElements = 128;
 
-// Asks for some elements of a row before they are wanted; there need be none.
-template <class T>
-inline __attribute__((always_inline)) void prefetch(const T* row, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
-}
-
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
 inline __mmask32 first_halves(int64_t count) {
   return static_cast<__mmask32>((1ull << std::clamp<int64_t>(count, 0, 32)) - 1);
@@ -119,8 +113,8 @@ DOT void pack_rows(const T* from, int64_t stride, int64_t columns, int64_t depth
   for (int64_t row = 0; row < depth; row += 2) {
     const T* first = from + row * stride;
     const T* second = row + 1 < depth ? first + stride : nullptr;
-    prefetch(first + kAheadRows * stride, columns);
-    prefetch(first + (kAheadRows + 1) * stride, columns);
+    prefetch<false>(first + kAheadRows * stride, columns);
+    prefetch<false>(first + (kAheadRows + 1) * stride, columns);
     for (int64_t column = 0; column < kPanelColumns; column += kLanes, panel += 2 * kLanes) {
       const __mmask16 lanes = first_lanes(columns - column);
       const __m512i both = load_rows(first + column, second ? second + column : nullptr, lanes);
@@ -138,7 +132,7 @@ DOT void pack_columns(const T* from, int64_t stride, int64_t columns, int64_t de
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const int64_t count = column + i < columns ? depth - first : 0;
-        prefetch(from + (column + i) * stride + first + kAheadElements, 2 * kLanes);
+        prefetch<false>(from + (column + i) * stride + first + kAheadElements, 2 * kLanes);
         x[i] = (Floats)load_halves(from + (count ? (column + i) * stride + first : 0), count);
       }
       transpose(x);
