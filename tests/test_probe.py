@@ -47,7 +47,7 @@ def by_hand(train: Any, labels: Any, test: Any, wanted: Any, k: int, temperature
 @given(
     st.integers(2, 6),
     st.integers(1, 40),
-    st.integers(1, 9),
+    st.integers(2, 9),
     st.integers(0, 10**6),
     st.floats(0.02, 3.0),
     st.data(),
