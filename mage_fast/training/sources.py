@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -69,8 +69,8 @@ class Source:
         """
         raise NotImplementedError(f"{self.spec} holds {self.kind}")
 
-    def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        """Ids [B, L], uint16 or int32, of the view that ``epoch`` shows."""
+    def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
+        """Ids [B, L], uint16 or int32, of view ``view mod K``."""
         raise NotImplementedError(f"{self.spec} holds {self.kind}")
 
     def require_size(self, crop: int) -> None:
@@ -80,6 +80,18 @@ class Source:
             InputError: an image is smaller; the message names it.
         """
 
+    def require_views(self, views: int) -> None:
+        """Check before training that an item has so many different views.
+
+        Raises:
+            InputError: a token cache has fewer.
+        """
+
+    @property
+    def bad_count(self) -> int:
+        """Files skipped so far, as far as this process has seen them."""
+        return len(self.bad_files)
+
     def report_bad(self, name: str, reason: str) -> None:
         """Note a skipped file. The first ones are logged, one line each; ``bad_files`` names all."""
         if name not in self.bad_files:
@@ -88,6 +100,11 @@ class Source:
                 log.warning("skipped %s: %s", name, reason)
             elif len(self.bad_files) == LOGGED_FILES + 1:
                 log.warning("skipped more files of %s, which are counted and not named here", self.spec)
+
+
+def summary_of_bad_files(names: Collection[str], first: int = 5) -> str:
+    """Count and first names of skipped files, as of the ``bad_files`` of all processes together."""
+    return f"{len(names)} files in all: {', '.join([*names][:first])}{', ...' if len(names) > first else ''}"
 
 
 def split_indices(
@@ -237,7 +254,7 @@ class FolderSource(Source):
 
 
 class TokenSource(Source):
-    """A token cache (:mod:`mage_fast.training.token_cache`); epoch ``e`` shows view ``e mod K``.
+    """A token cache (:mod:`mage_fast.training.token_cache`), its K views in turn.
 
     A cache made from one split is that split; one made from everything is split as a folder is.
 
@@ -263,5 +280,11 @@ class TokenSource(Source):
             raise InputError(f"data {spec!r}: the {split} split of {len(self.cache)} items is empty")
         super().__init__(spec, self.cache.labels[self._chosen], self.cache.class_names)
 
-    def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        return self.cache.batch(self._chosen[indices], view=epoch % self.cache.views)
+    def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
+        return self.cache.batch(self._chosen[indices], view=view % self.cache.views)
+
+    def require_views(self, views: int) -> None:
+        if views > self.cache.views:
+            raise InputError(
+                f"{self.spec} has {self.cache.views} views an image, wanted at least the {views} of a batch"
+            )
