@@ -83,12 +83,14 @@ def fit(
         CheckpointError: names, shapes, dtypes or parameter groups that differ.
     """
     tensors, live = flatten(parts)
+    prefixes = tuple(f"{part}." for part in live)
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(prefixes)}
+    _check(where, {key: value for key, value in saved.items() if not key.startswith(prefixes)}, tensors)
     states: dict[str, dict[Tensor, dict[str, Tensor]]] = {}
     for part, groups in live.items():
         optimizer = parts[part]
         assert isinstance(optimizer, torch.optim.Optimizer)
         _check_groups(f"{where}: {part}", optimizers[part], groups)
-        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{part}.")}
         states[part] = _optimizer_states(where, part, optimizer, groups, saved)
         names = _parameter_names(part, optimizer, parts)
         for parameter, values in states[part].items():

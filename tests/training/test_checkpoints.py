@@ -1,23 +1,14 @@
-"""Checkpoints in one process: bit-exact round trip, strict loading, damage, retention, a full disk, a kill."""
+"""Checkpoints in one process: bit-exact round trip, strict loading, what a run resumes."""
 
 from __future__ import annotations
 
-import json
 import math
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mage_fast import MAGE, MAGEConfig
@@ -45,7 +36,9 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tied(self.norm(self.first(x)))
-        return self.conv(x[:, :, None, None].expand(-1, -1, 2, 2).contiguous(memory_format=torch.channels_last))
+        return self.conv(
+            x[:, :, None, None].expand(-1, -1, 2, 2).contiguous(memory_format=torch.channels_last)
+        )
 
 
 def build(width: int = 8, seed: int = 0, fused: bool = True) -> dict[str, Any]:
@@ -98,7 +91,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, fused
 
 
 def test_a_mage_goes_on_to_the_bit_in_live_tensors(tmp_path: Path) -> None:
-    """Also into parts that have trained already: the tensors stay where they are, as a CUDA graph needs it."""
+    """Also into parts that have trained already: their tensors stay in place, as CUDA graphs need it."""
 
     def built(seed: int) -> tuple[TrainStep, dict[str, Any]]:
         torch.manual_seed(seed)
@@ -127,6 +120,7 @@ def test_a_mage_goes_on_to_the_bit_in_live_tensors(tmp_path: Path) -> None:
     assert bits(ours) == bits(theirs)
 
 
+#: A MAGE of two layers.
 SMALL = {
     **{"grid_size": 4, "codebook_size": 8, "encoder_width": 32, "encoder_depth": 1, "encoder_heads": 2},
     **{"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2},
@@ -175,20 +169,21 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
             checkpoints.load(path, changed)
 
     refused(r"model.first.weight has shape \(8, 4\), wanted \(16, 4\)", wide)
-    refused(
-        r"optimizer.first.weight.exp_avg has shape \(8, 4\), wanted \(16, 4\)",
-        parts | {"optimizer": wide["optimizer"], "model": wide["model"]},
-    )
-    refused(
-        "has the parts ema, loss_scale, model, optimizer, wanted model", {"model": parts["model"]}
-    )
+    odd = build(8)
+    step(odd, 0)
+    odd["optimizer"].state[odd["model"].first.weight]["exp_avg"] = torch.zeros(7)
+    refused(r"optimizer.first.weight.exp_avg has shape \(8, 4\), wanted \(7,\)", odd)
+    other = Checkpoints(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"exp_avg has shape \(7,\), wanted \(8, 4\)"):
+        other.load(other.save(1, {}, odd), build(8))
+    refused("has the parts ema, loss_scale, model, optimizer, wanted model", {"model": parts["model"]})
     more = build(8)
     more["model"].extra = nn.Linear(1, 1)
     refused(r"lacks model.extra.bias, model.extra.weight", more)
     less = build(8)
     del less["ema"]._buffers["norm.running_var"]
     refused(r"has the unknown ema.norm.running_var", less)
-    refused(r"model.first.weight is torch.float32, wanted torch.float64", build(8) | {"model": Model().double(), "optimizer": build()["optimizer"]} if False else {**build(8), **_double()})
+    refused(r"model.first.weight is torch.float32, wanted torch.float64", build(8) | _double())
     one_group = build(8)
     one_group["optimizer"] = torch.optim.AdamW(one_group["model"].parameters())
     refused(r"parameter groups of \[3, 5\] tensors, wanted \[8\]", one_group)
@@ -198,3 +193,43 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
 def _double() -> dict[str, Any]:
     model = Model().double()
     return {"model": model, "optimizer": build_adamw(model, 1e-2)}
+
+
+def test_a_run_resumes_the_newest_or_what_is_asked_for(tmp_path: Path) -> None:
+    parts = build()
+    run = Run(tmp_path / "a", {"lr": 1, "sizes": (1, 2)}, **parts)
+    assert run.resume() == 0
+    for number in (10, 20, 30):
+        step(parts, number)
+        run.save(number, {"loss": number / 3})
+    other = build(seed=1)
+    again = Run(tmp_path / "a", {"lr": 1, "sizes": (1, 2)}, **other)
+    assert (again.resume(), again.extra) == (30, {"loss": 10.0})
+    assert bits(other) == bits(parts)
+    with pytest.raises(InputError, match="a holds a run with lr 1 and not 2"):
+        Run(tmp_path / "a", {"lr": 2, "sizes": (1, 2)}, **other).resume()
+    earlier = tmp_path / "a" / "checkpoints" / "step-000000020"
+    with pytest.raises(InputError, match=r"holds step-000000030, which do not follow from .*step-000000020"):
+        again.resume(earlier)
+    fork = Run(tmp_path / "b", {"lr": 1, "sizes": [1, 2]}, **other)
+    assert fork.resume(earlier) == 20
+    fork.save(21)
+    with pytest.raises(InputError, match="b/checkpoints holds step-000000021"):
+        fork.resume(earlier)
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-000000030")
+    assert again.resume(earlier) == 20
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "state.safetensors").touch()
+    with pytest.raises(InputError, match=r"old holds a state.safetensors, .* give another --out"):
+        Run(tmp_path / "old", {}, **other).resume()
+
+
+def test_fingerprints_tell_modules_apart() -> None:
+    model = build()["model"]
+    assert module_fingerprint(model) == module_fingerprint(build()["model"])
+    assert module_fingerprint(model) != module_fingerprint(build(seed=1)["model"])
+    assert module_fingerprint(model) != module_fingerprint(build()["model"].double())
+    with torch.no_grad():
+        changed = module_fingerprint(model)
+        model.first.bias[0] += 1e-6
+    assert module_fingerprint(model) != changed
