@@ -127,20 +127,26 @@ class Ema:
         self.decay = decay
         self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        # one call takes plain tensors or FSDP2's DTensors, not both
+        kinds: dict[type, list[str]] = {}
+        for name, average in self._parameters.items():
+            kinds.setdefault(type(average), []).append(name)
+        self._alike = list(kinds.values())
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model, in one fused call."""
+        """Move the average towards the model, in one fused call; two where FSDP2 shards only a part."""
         current = dict(model.named_parameters())
-        torch._foreach_lerp_(
-            list(self._parameters.values()), [current[name] for name in self._parameters], 1 - self.decay
-        )
+        for names in self._alike:
+            averages = [self._parameters[name] for name in names]
+            torch._foreach_lerp_(averages, [current[name] for name in names], 1 - self.decay)
         for name, buffer in model.named_buffers():
             self._buffers[name].copy_(buffer)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Within the block, ``model`` computes with the average."""
+        _reshard(model)
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             kept = {name: value.clone() for name, value in own.items()}
@@ -148,6 +154,7 @@ class Ema:
         try:
             yield
         finally:
+            _reshard(model)
             with torch.no_grad():
                 _copy(own, kept)
 
@@ -170,6 +177,13 @@ class Ema:
                     f"Ema: {name} has shape {tuple(value.shape)}, wanted {tuple(own[name].shape)}"
                 )
         _copy(own, state)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 may keep whole copies of parameters after a forward, which would not follow a change."""
+    for module in model.modules():
+        if (reshard := getattr(module, "reshard", None)) is not None:
+            reshard()
 
 
 def _copy(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
