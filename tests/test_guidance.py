@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import guidance
 from mage_fast import MAGEConfig
 from mage_fast.cli import main
 from mage_fast.decoding import Decoding, GuidanceSchedule, SamplerConfig, _Inputs, masked_counts
@@ -171,6 +172,13 @@ def test_a_guided_step_is_one_pass_of_twice_the_rows(
     Decoding(model, config)(4, labels_B=torch.tensor([5, 1, 1, 2]), seed=0)
     assert spy.rows == rows
     assert encoder_rows == [17 * n for n in rows]
+
+
+def test_the_benchmark_compares_equal_ids() -> None:
+    found = guidance.measure("cpu", batch=2, seconds=0.0, smoke=True)
+    assert found["agreement_of_ids"] == 1.0
+    assert set(found["milliseconds"]) == {"two passes", "guided", "guided, linear", "not guided"}
+    assert guidance.table(found).count("\n") == 6
 
 
 @pytest.mark.parametrize("approximation", ["drop_masked", "cached_features"])
