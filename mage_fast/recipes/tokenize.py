@@ -27,7 +27,7 @@ from mage_fast.training.token_cache import TokenCacheWriter
 class TokenizeConfig:
     """Encode a data set once, so that training reads tokens at memory speed. Started again, it goes on."""
 
-    #: Where the images are: digits, folder:PATH or hf:NAME[:SPLIT].
+    #: Where the images are: digits, folder:PATH, webdataset:PATH or hf:NAME[:SPLIT].
     data: str = "digits"
     #: A tokenizer's folder, a model's folder, or a published .pth.
     tokenizer: Path = Path("out/tokenizer")
