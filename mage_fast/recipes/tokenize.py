@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 30 * 86400.0
 class TokenizeConfig:
     """Encode a data set once, so that training reads tokens at memory speed. Started again, it goes on."""
 
-    #: Where the images are: digits, folder:PATH or hf:NAME[:SPLIT].
+    #: Where the images are: digits, folder:PATH, webdataset:PATH or hf:NAME[:SPLIT].
     data: str = "digits"
     #: A tokenizer's folder, a model's folder, or a published .pth.
     tokenizer: Path = Path("out/tokenizer")

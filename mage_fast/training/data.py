@@ -27,8 +27,9 @@ from mage_fast.training.sources import (
     TokenSource,
     summary_of_bad_files,
 )
+from mage_fast.training.webdataset import WebDatasetSource
 
-KNOWN_SOURCES = "digits, folder:PATH, tokens:PATH, hf:NAME[:SPLIT]"
+KNOWN_SOURCES = "digits, folder:PATH, webdataset:PATH, tokens:PATH, hf:NAME[:SPLIT]"
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 def open_source(
     spec: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1, verify: bool = True
 ) -> Source:
-    """The data source that a string names: ``digits``, ``folder:PATH``, ``tokens:PATH``, ``hf:NAME[:SPLIT]``.
+    """The data source that a string names, one of ``KNOWN_SOURCES``.
 
     Args:
         spec: the string.
@@ -58,6 +59,8 @@ def open_source(
         return DigitsSource(image_size=image_size, split=split)
     if kind == "folder":
         return FolderSource(rest, image_size=image_size, split=split, min_side=min_side)
+    if kind == "webdataset":
+        return WebDatasetSource(rest, image_size=image_size, split=split, min_side=min_side)
     if kind == "tokens":
         return TokenSource(rest, split=split, verify=verify)
     if kind == "hf":

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from mage_fast.errors import InputError
 from mage_fast.training.augment import EVALUATION_RESIZE, require_size
-from mage_fast.training.images import EXTENSIONS, UnreadableImage, header_size, read_rgb
+from mage_fast.training.images import EXTENSIONS, UnreadableImage, header_size, read_file, read_rgb
 from mage_fast.training.token_cache import TokenCache
 
 Split = Literal["train", "test", "all"]
@@ -42,6 +43,8 @@ class Source:
     resize_ratio = EVALUATION_RESIZE
     #: Pixels along a side of the inputs to be made.
     image_size = 256
+    #: Images with a shorter side are skipped as damaged files are.
+    min_side = 1
 
     def __init__(self, spec: str, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:
         self.spec = spec
@@ -61,13 +64,24 @@ class Source:
         """What messages call item ``index``."""
         return f"{self.spec}[{index}]"
 
+    def encoded(self, index: int) -> bytes:
+        """The content of the image file of item ``index``.
+
+        Raises:
+            UnreadableImage: it cannot be read.
+        """
+        raise NotImplementedError(f"{self.spec} holds no image files")
+
     def image(self, index: int) -> Image.Image:
         """Item ``index`` in RGB.
 
         Raises:
-            UnreadableImage: its file is damaged.
+            UnreadableImage: its file is damaged, or the image smaller than ``min_side``.
         """
-        raise NotImplementedError(f"{self.spec} holds {self.kind}")
+        image = read_rgb(BytesIO(self.encoded(index)))
+        if min(image.size) < self.min_side:
+            raise UnreadableImage(f"{image.width} x {image.height} pixels, min_side is {self.min_side}")
+        return image
 
     def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
         """Ids [B, L], uint16 or int32, of view ``view mod K``."""
@@ -108,7 +122,7 @@ def summary_of_bad_files(names: Collection[str], first: int = 5) -> str:
 
 
 def split_indices(
-    labels: np.ndarray, names: Sequence[str], split: Split, test_fraction: float = TEST_FRACTION
+    labels: np.ndarray, names: Iterable[str], split: Split, test_fraction: float = TEST_FRACTION
 ) -> np.ndarray:
     """Indices of a fixed, stratified split, ascending.
 
@@ -117,12 +131,11 @@ def split_indices(
     """
     if split == "all":
         return np.arange(len(labels))
+    digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names)
+    hashed = np.fromiter((int.from_bytes(digest[:8]) for digest in digests), np.uint64, len(labels))
+    order = np.lexsort((hashed, labels))
     is_test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = sorted(
-            np.flatnonzero(labels == label).tolist(),
-            key=lambda index: hashlib.sha256(names[index].encode(errors="surrogateescape")).digest(),
-        )
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
         is_test[members[: round(len(members) * test_fraction)]] = True
     return np.flatnonzero(is_test if split == "test" else ~is_test)
 
@@ -236,13 +249,10 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         return str(self.root / self._files[index])
 
-    def image(self, index: int) -> Image.Image:
+    def encoded(self, index: int) -> bytes:
         if self._escapes(self._files[index]):
             raise UnreadableImage("a link that leads out of the folder is not followed")
-        image = read_rgb(self.root / self._files[index])
-        if min(image.size) < self.min_side:
-            raise UnreadableImage(f"{image.width} x {image.height} pixels, min_side is {self.min_side}")
-        return image
+        return read_file(self.root / self._files[index])
 
     def require_size(self, crop: int) -> None:
         for index in range(len(self)):
