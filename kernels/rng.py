@@ -71,8 +71,9 @@ def new_state(seed: int | None = None, step: int = 0, device: torch.device | str
 
 
 def split_seed(seed: int, number: int) -> int:
-    """A seed for each of several draws that would otherwise be alike (micro-batches of a step): number 0 keeps
-    the seed, and no two pairs of small seeds and numbers meet.
+    """A seed for each of several draws that would otherwise be alike (micro-batches of a step).
+
+    Number 0 keeps the seed, and no two pairs of small seeds and numbers meet.
     """
     return (seed + number * 0x9E3779B97F4A7C15) % 2**63
 

@@ -192,8 +192,8 @@ def parallelized(model: MAGE, processes: Processes, how: Parallel) -> Distribute
     """Spread a model over processes; the wrapper to call in its place, if there is one.
 
     ``"ddp"``: every process has all parameters, and the gradients' mean. ``"fsdp"``: every process keeps a
-    part of each parameter, gradient and optimizer state, and gathers a block's parameters when it computes it;
-    make the optimizer after this. One process alone is left as it is.
+    part of each parameter, gradient and optimizer state, and gathers a block's parameters to compute it; make
+    the optimizer after this. One process alone is left as it is.
     """
     if processes.count == 1:
         return None

@@ -24,7 +24,7 @@ from mage_fast.model import MAGE
 from mage_fast.training.optim import Ema, clipped_step, is_fused
 from mage_fast.training.precision import LossScale, Precision, autocast
 
-#: ``loss`` and ``gradient_norm`` (before clipping), scalars on the device.
+#: ``loss`` (and what else the model tells of it) and ``gradient_norm`` (before clipping), on the device.
 Metrics = dict[str, Tensor]
 #: Graphs a model is captured in, at most: masked rows are rounded up to a multiple of 1 / GRAPHS of all.
 GRAPHS = 8
@@ -174,10 +174,10 @@ class TrainStep:
     ) -> Metrics:
         """Add a micro-batch's share to the gradients."""
         with autocast(self.precision, self.device):
-            loss = self.forward(inputs, labels_B, plan=counts.plan(rng_state), rng_state=rng_state).loss
-        scaled = loss if share == 1.0 else loss * share
-        (scaled if self.loss_scale is None else scaled * self.loss_scale.scale).backward()
-        return {"loss": loss.detach()}
+            output = self.forward(inputs, labels_B, plan=counts.plan(rng_state), rng_state=rng_state)
+        loss = output.loss if share == 1.0 else output.loss * share
+        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+        return output.metrics
 
     def _exchange(self, now: bool) -> AbstractContextManager:
         """Whether processes exchange gradients in the next backward, or keep them."""
