@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 
 from mage_fast.errors import CheckpointError, InputError
 from mage_fast.files import fsync, write_json
-from mage_fast.training.run_state import Parts, RunState, Saved, fit, flatten
+from mage_fast.training.run_state import Parts, RunState, Saved, check, fit, flatten
 
 FORMAT = "mage_fast.checkpoint"
 VERSION = 1
@@ -102,7 +102,8 @@ class Checkpoints:
         def end() -> None:
             files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
             write_json(temporary / JSON_NAME, values | {"files": files})
-            _open(temporary)
+            _, saved = _open(temporary)
+            check(f"{path}, as {temporary} shows it to the first rank,", saved, tensors)
             for name in files:
                 fsync(temporary / name)
             fsync(temporary)
@@ -117,9 +118,9 @@ class Checkpoints:
             self._alike(what, begin, first_only=True)
             self._alike(what, lambda: self._write(temporary, tensors))
             self._alike(what, end, first_only=True)
-        finally:
-            if self._leads and temporary.exists():
-                shutil.rmtree(temporary, ignore_errors=True)
+        except CheckpointError:  # of all ranks
+            self.remove_leftovers()
+            raise
         self.prune()
         return path
 
@@ -134,7 +135,7 @@ class Checkpoints:
         path = Path(path)
         ready: list[Any] = []
 
-        def check() -> None:
+        def prepare() -> None:
             values, saved = _open(path)
             if sorted(parts) != values["parts"]:
                 raise CheckpointError(
@@ -143,7 +144,7 @@ class Checkpoints:
             ready.extend((values, *fit(str(path), parts, saved, values["optimizers"])))
 
         what = f"cannot read {path}"
-        self._alike(what, check)
+        self._alike(what, prepare)
         values, tensors, finish = ready
         self._alike(what, lambda: read_into(path, tensors, self.group, alone=self._ranks == 1))
         finish()
