@@ -42,7 +42,7 @@ FREE = ("out", "device", "workers", "log_every", "save_every")
 class TrainTokenizerConfig:
     """Train a VQGAN tokenizer. The same command again goes on where it stopped."""
 
-    #: Images: digits, folder:PATH or hf:NAME[:SPLIT].
+    #: Images: digits, folder:PATH, webdataset:PATH or hf:NAME[:SPLIT].
     data: str = "digits"
     #: Folder of the run and, when it is done, of the tokenizer.
     out: Path = Path("out/tokenizer")
