@@ -1,6 +1,6 @@
 """A flat dict of tensors as safetensors files: one, or one a rank; read by any number of ranks.
 
-Apart from :mod:`mage_fast.training.checkpoints` because torch's checkpoint package takes long to import.
+By torch's distributed checkpoint (DCP) with its safetensors storage, which pickles nothing to the disk.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from mage_fast.errors import CheckpointError, InputError
 from mage_fast.files import fsync, write_json
+from mage_fast.training.checkpoint_files import read_index, read_into, write_shards, write_whole
 from mage_fast.training.run_state import Parts, RunState, Saved, check, fit, flatten
 
 FORMAT = "mage_fast.checkpoint"
@@ -130,8 +131,6 @@ class Checkpoints:
         Raises:
             CheckpointError: on all ranks, it is missing or damaged, or parts, names, shapes or dtypes differ.
         """
-        from mage_fast.training.checkpoint_files import read_into
-
         path = Path(path)
         ready: list[Any] = []
 
@@ -210,8 +209,6 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        from mage_fast.training.checkpoint_files import write_shards, write_whole
-
         if self.sharded and self._ranks > 1:
             write_shards(folder, tensors, self.group)
         else:
@@ -219,7 +216,7 @@ class Checkpoints:
 
     @property
     def _ranks(self) -> int:
-        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        grouped = torch.distributed.is_initialized()
         return torch.distributed.get_world_size(self.group) if grouped else 1
 
     @property
@@ -266,8 +263,6 @@ def read_part(path: Path | str, part: str = "model") -> dict[str, Tensor]:
     Raises:
         CheckpointError: as :func:`read_state`, or no such part.
     """
-    from mage_fast.training.checkpoint_files import read_into
-
     path = Path(path)
     values, saved = _open(path)
     if part not in values["parts"]:
@@ -280,8 +275,6 @@ def read_part(path: Path | str, part: str = "model") -> dict[str, Tensor]:
 
 def _open(path: Path) -> tuple[dict[str, Any], Saved]:
     """The JSON, and shape and dtype of the tensors; all files are there and none is truncated."""
-    from mage_fast.training.checkpoint_files import read_index
-
     values = _read_json(path)
     sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.name != JSON_NAME}
     for name in sorted({*sizes, *values["files"]}):
@@ -308,6 +301,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     got = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
     if got != (FORMAT, VERSION):
         raise CheckpointError(f"checkpoint {path} is {got}, wanted {(FORMAT, VERSION)}")
+    if missing := sorted({"step", "parts", "settings", "extra", "optimizers", "files"} - values.keys()):
+        raise CheckpointError(f"checkpoint {path} is damaged: {JSON_NAME} has no {', '.join(missing)}")
     return values
 
 

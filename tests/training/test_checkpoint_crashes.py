@@ -48,6 +48,9 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(
     (paths[0] / "state.json").write_text(json.dumps({"format": "x", "version": 9}))
     with pytest.raises(CheckpointError, match=r"has no checkpoint that is whole: .*is \('x', 9\), wanted"):
         checkpoints.latest()
+    (paths[0] / "state.json").write_text('{"format": "mage_fast.checkpoint", "version": 1, "step": 1}')
+    with pytest.raises(CheckpointError, match=r"damaged: state.json has no extra, files, optimizers, parts"):
+        read_state(paths[0])
     (paths[0] / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"is no checkpoint: cannot read .*state.json: No such file"):
         read_state(paths[0])

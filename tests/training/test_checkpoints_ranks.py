@@ -17,12 +17,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mage_fast.config import MAGEConfig, TokenizerConfig
 from mage_fast.errors import CheckpointError
+from mage_fast.kernels import rng
+from mage_fast.model import MAGE
 from mage_fast.training.checkpoints import Checkpoints, read_part
+from mage_fast.training.distributed import Processes, parallelized
 from mage_fast.training.optim import Ema, build_adamw
 from mage_fast.training.precision import LossScale
-from mage_fast.training.processes import in_processes
 from mage_fast.training.run_state import flatten
+from mage_fast.training.step import MicroBatch, TrainStep
+from tests.models import draw_ids
+from tests.ranks import in_ranks
 
 #: Of all ranks together; 2 and 3 divide it.
 BATCH = 12
@@ -80,14 +86,7 @@ class Training:
 
     def whole(self) -> dict[str, Tensor]:
         """Every tensor of the state, whole, as it would be saved."""
-        found = flatten(self.parts)[0]
-        return {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in found.items()}
-
-
-def join(rank: int, ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    method = f"file://{folder}/group-{ranks}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks)
+        return _whole(flatten(self.parts)[0])
 
 
 def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], about: object) -> None:
@@ -119,9 +118,8 @@ def load_all(folder: Path, modes: tuple[str, ...]) -> dict[str, list[float]]:
     return losses
 
 
-def two_ranks(rank: int, folder: Path) -> dict[str, list[float]]:
+def two_ranks(processes: Processes, folder: Path) -> dict[str, list[float]]:
     """From the state of one process, all kinds that two ranks write; then read all."""
-    join(rank, 2, folder)
     for mode, sharded in itertools.product(("ddp", "fsdp"), (True, False)):
         training = Training(mode, seed=3)
         Checkpoints(folder / "one").load(folder / "one" / "step-000000002", training.parts)
@@ -134,8 +132,7 @@ def two_ranks(rank: int, folder: Path) -> dict[str, list[float]]:
     return load_all(folder, ("ddp", "fsdp"))
 
 
-def three_ranks(rank: int, folder: Path) -> dict[str, list[float]]:
-    join(rank, 3, folder)
+def three_ranks(processes: Processes, folder: Path) -> dict[str, list[float]]:
     return load_all(folder, ("fsdp",))
 
 
@@ -151,8 +148,8 @@ def test_every_mode_reads_what_every_mode_wrote(tmp_path: Path) -> None:
     assert not torch.equal(*(training.whole()[f"{part}.first.weight"] for part in ("model", "ema")))
     unbroken = [training.step(number) for number in (2, 3, 4)]
 
-    of_two = in_processes(two_ranks, [(rank, tmp_path) for rank in range(2)])
-    of_three = in_processes(three_ranks, [(rank, tmp_path) for rank in range(3)])
+    of_two = in_ranks(2, tmp_path / "meeting-2", two_ranks, tmp_path)
+    of_three = in_ranks(3, tmp_path / "meeting-3", three_ranks, tmp_path)
     of_one = load_all(tmp_path, ("one",))
     assert of_one["one"] == unbroken
     for losses in (*of_two, *of_three):
@@ -170,9 +167,9 @@ def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {key: value for key, value in tensors.items() if key.startswith(f"{part}.")}
 
 
-def failures(rank: int, folder: Path) -> list[str]:
+def failures(processes: Processes, folder: Path) -> list[str]:
     """One rank of two that cannot write or read: what both are told."""
-    join(rank, 2, folder)
+    rank = processes.rank
     told: list[str] = []
 
     def attempt(work: Any) -> None:
@@ -220,7 +217,7 @@ def failures(rank: int, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_what_one_rank_meets_all_are_told(tmp_path: Path) -> None:
-    first, second = in_processes(failures, [(rank, tmp_path) for rank in range(2)])
+    first, second = in_ranks(2, tmp_path / "meeting", failures, tmp_path)
     assert first == second
     for message in first[:4]:
         assert "cannot write" in message
@@ -231,9 +228,9 @@ def test_what_one_rank_meets_all_are_told(tmp_path: Path) -> None:
     assert "no checkpoint that is whole" in first[6]
 
 
-def averages(rank: int, folder: Path) -> None:
+def averages(processes: Processes, folder: Path) -> None:
     """An Ema of FSDP2 parameters is that of plain ones, and applying it leaves no trace."""
-    join(rank, 2, folder)
+    rank = processes.rank
     one, sharded = Training("one", seed=0), Training("fsdp", seed=0)
     for training in (one, sharded):
         training.step(0)
@@ -259,4 +256,62 @@ def averages(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_averages_of_sharded_parameters(tmp_path: Path) -> None:
-    in_processes(averages, [(rank, tmp_path) for rank in range(2)])
+    in_ranks(2, tmp_path / "meeting", averages, tmp_path)
+
+
+def mage_steps(
+    processes: Processes, folder: Path, how: str | None, start: int, total: int = 2
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Two steps of two micro-batches in all, from the checkpoint of ``start`` if there is one, and save."""
+    torch.manual_seed(start)
+    tokenizer = TokenizerConfig(
+        **{"image_size": 8, "codebook_size": 16, "codebook_dim": 4, "base_width": 4},
+        **{"width_multipliers": (1, 2), "blocks_per_level": 1, "norm_groups": 2},
+    )
+    model = MAGE(MAGEConfig.tiny(tokenizer=tokenizer, codebook_size=16, dropout=0.2)).train()
+    parallel = None if how is None else parallelized(model, processes, how)  # type: ignore[arg-type]
+    optimizer = build_adamw(model, 1e-3)
+    ema = Ema(model, 0.5)
+    parts: Any = {"model": model, "optimizer": optimizer, "ema": ema}
+    checkpoints = Checkpoints(folder, sharded=True, keep_last=9)
+    if start:
+        checkpoints.load(folder / f"step-{start:09d}", parts)
+    step_of = TrainStep(model, optimizer, ema=ema, parallel=parallel)
+    losses = []
+    for number in range(start, start + 2):
+        mine = range(processes.rank, total, processes.count)
+        batches = [
+            MicroBatch(draw_ids(model.config, 3, 10 * number + n), None, rng.new_state(n, number))
+            for n in mine
+        ]
+        losses.append(processes.mean([step_of.accumulate(batches)["loss"].item()])[0])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ids = draw_ids(model.config, 3)
+    with ema.applied_to(model), torch.no_grad():
+        model(ids, rng_state=rng.new_state(0, 0))
+    assert_equal(_whole(model.state_dict()), _whole(before), "after the average")
+    checkpoints.save(start + 2, {}, parts)
+    return losses, _whole(flatten(parts)[0])
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in tensors.items()}
+
+
+def mage_ranks(processes: Processes, folder: Path) -> list[tuple[list[float], dict[str, Tensor]]]:
+    found = [mage_steps(processes, folder / "fsdp first", "fsdp", 0)]
+    found += [mage_steps(processes, folder / "one first", how, 2) for how in ("fsdp", "ddp")]
+    return found
+
+
+@pytest.mark.slow
+def test_a_mage_goes_on_in_another_number_of_ranks(tmp_path: Path) -> None:
+    """Its frozen tokenizer, which is not sharded, is part of the state."""
+    alone = Processes()
+    first = mage_steps(alone, tmp_path / "one first", None, 0)
+    for sharded, *others in in_ranks(2, tmp_path / "meeting", mage_ranks, tmp_path):
+        assert any(key.startswith("model.tokenizer.") for key in sharded[1])
+        assert sharded[0] == pytest.approx(first[0], rel=1e-5)
+        wanted = mage_steps(alone, tmp_path / "one first", None, 2)
+        for losses, _ in [*others, mage_steps(alone, tmp_path / "fsdp first", None, 2)]:
+            assert losses == pytest.approx(wanted[0], rel=1e-5)
