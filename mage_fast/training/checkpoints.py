@@ -72,12 +72,10 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep_last, self.keep_every, self.sharded, self.group = keep_last, keep_every, sharded, group
 
-    def all(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """What bears a checkpoint's name, by step; whether it can be read is not known."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(
-            (path for path in found if step_of(path) is not None), key=lambda path: step_of(path) or 0
-        )
+        return sorted((path for path in found if step_of(path) >= 0), key=step_of)
 
     def save(
         self, step: int, settings: Mapping[str, Any], parts: Parts, extra: Mapping[str, Any] | None = None
@@ -158,7 +156,7 @@ class Checkpoints:
 
         def newest() -> Path | None:
             problems = []
-            for path in reversed(self.all()):
+            for path in reversed(self.paths()):
                 try:
                     _open(path)
                 except CheckpointError as error:
@@ -180,12 +178,12 @@ class Checkpoints:
 
         def delete() -> None:
             kept = 0
-            for path in reversed(self.all()):
+            for path in reversed(self.paths()):
                 if kept < self.keep_last:
                     with suppress(CheckpointError):
                         _open(path)
                         kept += 1
-                elif self.keep_every is None or (step_of(path) or 0) % self.keep_every:
+                elif self.keep_every is None or step_of(path) % self.keep_every:
                     try:
                         os.replace(path, _temporary(path))
                         shutil.rmtree(_temporary(path), ignore_errors=True)
@@ -241,8 +239,8 @@ class Checkpoints:
             torch.distributed.all_gather_object(outcomes, mine, self.group)
             result = outcomes[0][0]
             told = [other for _, other in outcomes if other is not None]
-            if told and problem is None:
-                problem = CheckpointError(told[0])
+            if told:
+                raise CheckpointError(told[0]) from problem
         if problem is not None:
             raise problem
         return result
@@ -310,10 +308,10 @@ def _run_state(values: dict[str, Any]) -> RunState:
     return RunState(values["step"], values["settings"], values["extra"])
 
 
-def step_of(path: Path) -> int | None:
-    """The step a checkpoint's name tells; None for another name."""
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells; -1 for another name."""
     found = re.fullmatch(r"step-(\d+)", path.name)
-    return int(found[1]) if found else None
+    return int(found[1]) if found else -1
 
 
 def _temporary(path: Path) -> Path:
