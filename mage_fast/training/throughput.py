@@ -64,7 +64,7 @@ class Throughput:
         self._steps, self._waited, self._start = 0, 0.0, clock()
 
     def batches(self, batches: Iterator[BatchT]) -> Iterator[BatchT]:
-        """The same batches. Waiting for one is timed; asking for the next one ends a step.
+        """The same batches, each of which is what this rank trains on in a step; waiting for them is timed.
 
         The first batch starts the first window: what was done before, and opening the data, is no step's.
         """
@@ -120,7 +120,7 @@ class Throughput:
         return found
 
 
-def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
+def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False, views: int = 1) -> float:
     """FLOPs of a training step for one image: matrix products of the transformer, forward and backward.
 
     The trained transformer counts three times its forward pass, the frozen tokenizer, where it runs in
@@ -130,6 +130,8 @@ def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
     Args:
         config: the model's.
         tokenizes: batches are images, not ids.
+        views: crops of each image that go through the model, 2 in MAGE-C; its projector, less than a
+            thousandth of the whole, is left out.
 
     Raises:
         InputError: images for a model whose configuration has no tokenizer.
@@ -139,7 +141,7 @@ def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
         if config.tokenizer is None:
             raise InputError("flops_per_image: the model's configuration has no tokenizer to count")
         flops += counts.tokenizer(config.tokenizer, "encode")
-    return flops
+    return views * flops
 
 
 def peak_flops(device: torch.device, precision: Precision, ranks: int = 1) -> float | None:

@@ -259,8 +259,9 @@ def test_no_pictures(tmp_path: Path) -> None:
     [
         ({"every_steps": 0}, "every_steps is 0, columns 4, wanted 1 or more and 0 or more"),
         ({"columns": -1}, "columns -1"),
-        ({"labels": []}, r"labels are , wanted one or more in \[0, 11\)"),
-        ({"labels": [0, 11]}, r"labels are 0, 11, wanted"),
+        ({"labels": []}, "there are no labels, wanted one or more, or None"),
+        ({"labels": [0, 11]}, "labels .* 11"),
+        ({"labels": [0, 10]}, "labels holds 10, which is no class"),
         ({"sampler": SamplerConfig(approximation="drop_masked")}, "approximation is 'drop_masked'"),
     ],
 )
