@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -27,8 +28,8 @@ class Throughput:
     ...     if time_to_log:
     ...         logger.log(number, metrics | meter.window())
 
-    A window wants the device's work done when it ends, as it is once metrics were read. All that happens
-    between two windows counts as time, saving and watching included.
+    A window wants the device's work done when it begins and ends, as it is once metrics were read. All that
+    happens in it counts as time, but for what is done ``with meter.paused():``.
 
     Args:
         images_per_step: of all ranks together.
@@ -63,7 +64,7 @@ class Throughput:
         self._steps, self._waited, self._start = 0, 0.0, clock()
 
     def batches(self, batches: Iterator[BatchT]) -> Iterator[BatchT]:
-        """The same batches. Waiting for one is timed; asking for the next one ends a step.
+        """The same batches, each of which is what this rank trains on in a step; waiting for them is timed.
 
         The first batch starts the first window: what was done before, and opening the data, is no step's.
         """
@@ -81,6 +82,15 @@ class Throughput:
         finally:
             if (close := getattr(batches, "close", None)) is not None:
                 close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside, looking at the model or saving it, is left out of the window's time."""
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self._start += self.clock() - start
 
     def window(self) -> dict[str, float]:
         """Metrics since the last window, which ends here and now; empty if no step was done in it.
@@ -110,7 +120,7 @@ class Throughput:
         return found
 
 
-def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
+def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False, views: int = 1) -> float:
     """FLOPs of a training step for one image: matrix products of the transformer, forward and backward.
 
     The trained transformer counts three times its forward pass, the frozen tokenizer, where it runs in
@@ -120,6 +130,8 @@ def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
     Args:
         config: the model's.
         tokenizes: batches are images, not ids.
+        views: crops of each image that go through the model, 2 in MAGE-C; its projector, less than a
+            thousandth of the whole, is left out.
 
     Raises:
         InputError: images for a model whose configuration has no tokenizer.
@@ -129,7 +141,7 @@ def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
         if config.tokenizer is None:
             raise InputError("flops_per_image: the model's configuration has no tokenizer to count")
         flops += counts.tokenizer(config.tokenizer, "encode")
-    return flops
+    return views * flops
 
 
 def peak_flops(device: torch.device, precision: Precision, ranks: int = 1) -> float | None:
