@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from mage_fast import storage
+from mage_fast.conditioning import drop_labels
 from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
 from mage_fast.embedding import TokenEmbedding
@@ -37,6 +38,11 @@ class MAGEOutput(NamedTuple):
     logits_NC: Float[Tensor, "N C"]
     ids_BL: Int64[Tensor, "B L"]
     plan: MaskPlan
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What a training run logs: scalars on the device, without gradient."""
+        return {"loss": self.loss.detach()}
 
 
 class MAGE(nn.Module):
@@ -113,14 +119,21 @@ class MAGE(nn.Module):
 
         Raises:
             ValueError: labels that are not integers, another number of them than samples, or (read on the
-                CPU only) one outside ``[0, class_slots)``.
+                CPU only) one outside the model's classes or equal to the unconditional class.
         """
-        device = self.head.bias.device
+        config, device = self.config, self.head.bias.device
         if labels_B is None:
-            return torch.full((batch,), self.config.unconditional_class_id, device=device)
+            return torch.full((batch,), config.unconditional_class_id, device=device)
         check.integer("MAGE", "labels", labels_B)
         check.shape("MAGE", "labels", labels_B, (batch,))
-        check.values("MAGE", "labels", labels_B, 0, self.config.class_slots)
+        check.values("MAGE", "labels", labels_B, 0, config.num_classes or config.class_slots)
+        unconditional = config.unconditional_class
+        if check.readable(labels_B) and bool((labels_B == unconditional).any()):
+            raise ValueError(
+                f"MAGE: labels holds {unconditional}, which is no class here but stands for none: for "
+                f"samples without a class give no labels, and for more than {unconditional} classes make the "
+                "model with config.for_classes(...)"
+            )
         return labels_B.to(device, torch.int64, non_blocking=True) + self.config.codebook_size
 
     def forward(
@@ -136,10 +149,11 @@ class MAGE(nn.Module):
 
         Args:
             images_or_ids: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``.
-            labels_B: class labels for class-conditional training; None is unconditional.
+            labels_B: class labels for class-conditional training; None is unconditional. In training mode
+                ``label_dropout`` of them are replaced by the unconditional class.
             mask_ratios_B: mask ratios on the CPU; drawn from the configured law by default.
             plan: a mask plan, in place of ratios.
-            rng_state: int64 ``(seed, step)`` that governs masks and dropout. Drawn from torch's global
+            rng_state: int64 ``(seed, step)`` that governs masks and dropouts. Drawn from torch's global
                 generator by default, so that ``torch.manual_seed`` makes a run repeatable. Give it on the
                 CPU: ratios are drawn there, the rest on the model's device.
 
@@ -147,6 +161,22 @@ class MAGE(nn.Module):
             ValueError: images or ids of a wrong shape, ids outside the codebook, ratios outside [0, 1],
                 ratios beside a plan.
         """
+        ids_BL, class_ids_B, plan, rng_state = self._masked(
+            images_or_ids, labels_B, mask_ratios_B, plan, rng_state
+        )
+        logits_NC = self.masked_logits(ids_BL, class_ids_B, plan, rng_state)
+        loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
+        return MAGEOutput(loss, logits_NC, ids_BL, plan)
+
+    def _masked(
+        self,
+        images_or_ids: Tensor,
+        labels_B: Tensor | None,
+        mask_ratios_B: Tensor | None,
+        plan: MaskPlan | None,
+        rng_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, MaskPlan, Tensor]:
+        """Arguments of a forward -> ``(ids_BL, class_ids_B, plan, rng_state)`` on the model's device."""
         ids_BL = self.tokenize(images_or_ids)
         batch = ids_BL.shape[0]
         if rng_state is None:
@@ -164,9 +194,10 @@ class MAGE(nn.Module):
             plan = draw_plan(self.config, mask_ratios_B, device_state)
         elif mask_ratios_B is not None:
             raise ValueError("MAGE: got both plan and mask_ratios, wanted one of them")
-        logits_NC = self.masked_logits(ids_BL, self.class_ids(labels_B, batch), plan, device_state)
-        loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
-        return MAGEOutput(loss, logits_NC, ids_BL, plan)
+        class_ids_B = self.class_ids(labels_B, batch)
+        if labels_B is not None and self.training:
+            class_ids_B = drop_labels(class_ids_B, self.config, device_state)
+        return ids_BL, class_ids_B, plan, device_state
 
     def _dropout_state(self, rng_state: Tensor | None) -> Tensor | None:
         """The given state on the model's device; drawn from torch's generator where dropout wants one."""
@@ -180,11 +211,10 @@ class MAGE(nn.Module):
         class_ids_B: Tensor,
         plan: MaskPlan,
         rng_state: Tensor | None,
-        rows_N: Int[Tensor, "N"] | None = None,
-    ) -> Float[Tensor, "N D"]:
-        """Decoder output (embedding, encoder, decoder) at each position, ``[B * S, D]``, or at ``rows_N``."""
+    ) -> Float[Tensor, "R D"]:
+        """Decoder output (embedding, encoder, decoder) at each position, ``[B * S, D]``."""
         x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
-        return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state, rows_N)
+        return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state)
 
     def masked_logits(
         self,
@@ -203,8 +233,15 @@ class MAGE(nn.Module):
             plan: what is masked, and what the encoder sees.
             rng_state: int64 ``(seed, step)`` of the dropout, on the model's device.
         """
-        rows_N = rows_of_tokens(plan.masked_index_N, ids_BL.shape[1])
-        masked_ND = self.decode_features(ids_BL, class_ids_B, plan, rng_state, rows_N)
+        x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
+        return self.decode_masked(self.encoder(x_TD, plan, rng_state), plan, rng_state)
+
+    def decode_masked(
+        self, encoded_VD: Float[Tensor, "V D"], plan: MaskPlan, rng_state: Tensor | None
+    ) -> Float[Tensor, "N C"]:
+        """The second half of :meth:`masked_logits`: decoder and head behind the encoder's visible rows."""
+        rows_N = rows_of_tokens(plan.masked_index_N, plan.is_masked_BL.shape[1])
+        masked_ND = self.decoder(encoded_VD, plan, rng_state, rows_N)
         return self.head(masked_ND, self.embedding.word_embeddings.weight)
 
     def logits(
