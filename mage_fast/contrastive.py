@@ -226,6 +226,8 @@ class MAGEC(MAGE):
     ) -> MAGECOutput:
         """Both training losses of two views of each image, contrasted with those of all ranks.
 
+        Where there are several ranks each of them must call, with as many images.
+
         Args:
             images_or_ids: images ``[2, N, 3, H, W]`` or ids ``[2, N, L]``, or flattened: ``[2 N, 3, H, W]``
                 or ``[2 N, L]``, all first views first.
