@@ -104,13 +104,16 @@ class MAGEConfig(_Config):
 
     The defaults are ViT-B as published. Vocabulary: ``codebook_size`` codes, then ``class_slots`` class
     ids, then the mask token [M]; unconditional sequences start with class id
-    ``codebook_size + unconditional_class``.
+    ``codebook_size + unconditional_class``. In the published layout that slot lies among the first 1000: see
+    :meth:`for_classes` before training with labels.
     """
 
     grid_size: int = 16
     codebook_size: int = 1024
     class_slots: int = 1000
     unconditional_class: int = 76
+    #: Classes of a model trained with labels, which are then ``[0, num_classes)``. None: any other slot.
+    num_classes: int | None = None
     encoder_width: int = 768
     encoder_depth: int = 12
     encoder_heads: int = 12
@@ -120,6 +123,8 @@ class MAGEConfig(_Config):
     mlp_ratio: float = 4.0
     dropout: float = 0.1
     label_smoothing: float = 0.1
+    #: Part of the labels that training replaces by the unconditional class (classifier-free guidance).
+    label_dropout: float = 0.1
     #: Truncated normal of the mask ratio: mode, standard deviation (0: always the mode), bounds.
     mask_ratio_mode: float = 0.55
     mask_ratio_std: float = 0.25
@@ -149,7 +154,14 @@ class MAGEConfig(_Config):
                 )
         _ratio(
             self,
-            *("dropout", "label_smoothing", "mask_ratio_min", "mask_ratio_max", "mask_ratio_mode"),
+            *(
+                "dropout",
+                "label_smoothing",
+                "label_dropout",
+                "mask_ratio_min",
+                "mask_ratio_max",
+                "mask_ratio_mode",
+            ),
             "drop_ratio",
         )
         if not self.mask_ratio_min <= self.mask_ratio_max:
@@ -162,12 +174,18 @@ class MAGEConfig(_Config):
         if self.drop_ratio > self.lowest_mask_ratio:
             raise ValueError(
                 f"MAGEConfig: drop_ratio is {self.drop_ratio}, wanted at most the lowest mask ratio "
-                f"{self.lowest_mask_ratio} (only masked tokens are dropped)"
+                f"{self.lowest_mask_ratio} (only masked tokens are dropped): give drop_ratio="
+                f"{self.lowest_mask_ratio}, or mask more"
             )
         if not 0 <= self.unconditional_class < self.class_slots:
             raise ValueError(
                 f"MAGEConfig: unconditional_class is {self.unconditional_class}, wanted 0 <= it < "
                 f"class_slots {self.class_slots}"
+            )
+        if self.num_classes is not None and not 1 <= self.num_classes <= self.unconditional_class:
+            raise ValueError(
+                f"MAGEConfig: num_classes is {self.num_classes}, wanted 1 <= it <= unconditional_class "
+                f"{self.unconditional_class}: config.for_classes({self.num_classes}) makes room"
             )
         for name, wanted in (
             ("ratio_per", ("batch", "sample")),
@@ -208,6 +226,26 @@ class MAGEConfig(_Config):
     def unconditional_class_id(self) -> int:
         """Id that stands first in an unconditional sequence."""
         return self.codebook_size + self.unconditional_class
+
+    def for_classes(self, num_classes: int) -> Self:
+        """A copy for training with labels ``[0, num_classes)``, none of which is the unconditional class.
+
+        Slots stay as they are where they have room below the unconditional class (76 in the published
+        layout); else the unconditional class moves to the slot after the labels, and slots are added as
+        needed.
+
+        Raises:
+            ValueError: fewer classes than one.
+        """
+        if num_classes < 1:
+            raise ValueError(f"MAGEConfig: number of classes is {num_classes}, wanted 1 or more")
+        if num_classes <= self.unconditional_class:
+            return self.replace(num_classes=num_classes)
+        return self.replace(
+            num_classes=num_classes,
+            class_slots=max(self.class_slots, num_classes + 1),
+            unconditional_class=num_classes,
+        )
 
     @classmethod
     def vit_b(cls, **changes: Any) -> Self:

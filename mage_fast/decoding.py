@@ -36,6 +36,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "arccos": lambda r: math.acos(r) / (math.pi / 2),
 }
 
+GuidanceSchedule = Literal["constant", "linear", "cosine"]
+#: Part of the guidance scale at progress r from the first step, 0, to the last, 1.
+GUIDANCE_SCHEDULES: dict[GuidanceSchedule, Callable[[float], float]] = {
+    "constant": lambda r: 1.0,
+    "linear": lambda r: r,
+    "cosine": lambda r: (1 - math.cos(math.pi * r)) / 2,
+}
 
 Approximation = Literal["none", "drop_masked", "cached_features"]
 
@@ -56,6 +63,9 @@ class SamplerConfig:
     top_p: float = 1.0
     #: Classifier-free guidance: weight of conditional minus unconditional logits. 0 is off.
     guidance_scale: float = 0.0
+    #: linear and cosine: the weight rises from 0 at the first step, so that samples stay diverse, to
+    #: guidance_scale at the last (MUSE, section 2.7).
+    guidance_schedule: GuidanceSchedule = "constant"
     #: Faster and not the same numbers, off by default. drop_masked: the encoder of a "paper" model drops
     #: masked tokens as in training, ``drop_ratio`` of all tokens or as many as there are, drawn at each step.
     #: cached_features: at every second step from the third on, it computes only the tokens decided last.
@@ -68,10 +78,15 @@ class SamplerConfig:
             raise ValueError(
                 f"SamplerConfig: schedule is {self.schedule!r}, wanted one of {', '.join(SCHEDULES)}"
             )
-        if self.approximation not in get_args(Approximation):
+        for name, kinds in (("approximation", Approximation), ("guidance_schedule", GuidanceSchedule)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(
+                    f"SamplerConfig: {name} is {getattr(self, name)!r}, wanted one of "
+                    f"{', '.join(get_args(kinds))}"
+                )
+        if not math.isfinite(self.guidance_scale):
             raise ValueError(
-                f"SamplerConfig: approximation is {self.approximation!r}, wanted one of "
-                f"{', '.join(get_args(Approximation))}"
+                f"SamplerConfig: guidance_scale is {self.guidance_scale}, wanted a finite number"
             )
         if self.choice_temperature < 0 or not self.temperature > 0:
             raise ValueError(
@@ -83,6 +98,11 @@ class SamplerConfig:
                 f"SamplerConfig: (top_k, top_p) is {(self.top_k, self.top_p)}, wanted top_k >= 0 and "
                 "0 < top_p <= 1"
             )
+
+    def guidance_at(self, step: int) -> float:
+        """Weight of conditional minus unconditional logits at a step, from 0; an only step has all of it."""
+        progress = step / (self.steps - 1) if self.steps > 1 else 1.0
+        return self.guidance_scale * GUIDANCE_SCHEDULES[self.guidance_schedule](progress)
 
 
 def masked_counts(schedule: str, steps: int, num_unknown_B: Int[Tensor, "B"]) -> Int64[Tensor, "steps B"]:
@@ -171,7 +191,7 @@ class Decoding:
     ) -> Int64[Tensor, "B L"]:
         """Decode one batch; arguments and errors are those of :func:`mage_fast.generate_ids`."""
         kind, inputs = self._prepare(batch, ids_BL, labels_B, seed, first_sample)
-        with _eval_mode(self.model), self._weights.lent():
+        with eval_mode(self.model), self._weights.lent():
             if not CUDAGraph.runs_on(inputs.ids_BL.device):
                 return self._last(kind, inputs)
             key = (kind, *self._surroundings())
@@ -195,7 +215,7 @@ class Decoding:
         first_sample: int = 0,
     ) -> Iterator[Int64[Tensor, "B L"]]:
         """Yield all tokens as decided after each step; the last are what a call gives."""
-        with _eval_mode(self.model):  # weights are not lent: between steps the model is the caller's
+        with eval_mode(self.model):  # weights are not lent: between steps the model is the caller's
             yield from self._steps(*self._prepare(batch, ids_BL, labels_B, seed, first_sample))
 
     def _surroundings(self) -> tuple:
@@ -274,17 +294,19 @@ class Decoding:
             if not any(num_masked):
                 yield ids_BL
                 continue
-            state = inputs.rng_states_T2[t]
+            state, scale = inputs.rng_states_T2[t], config.guidance_at(t)
+            guided = scale != 0.0
             if t == 0 and kind.num_classes:
                 start_GL = ids_BL[: kind.num_classes]
                 logits, guidance = self._logits(
-                    start_GL, inputs.shared_class_ids_G, (length,) * kind.num_classes, state
+                    start_GL, inputs.shared_class_ids_G, (length,) * kind.num_classes, state, guided=guided
                 )
                 places_L = torch.arange(length, device=ids_BL.device)
                 rows_BL = inputs.shared_row_B[:, None] * length + places_L
             else:
+                partial = t > 0 and t % 2 == 0
                 logits, guidance = self._logits(
-                    ids_BL, inputs.class_ids_B, num_masked, state, cache, partial=t > 0 and t % 2 == 0
+                    ids_BL, inputs.class_ids_B, num_masked, state, cache, partial=partial, guided=guided
                 )
                 rows_BL = ((ids_BL == mask_token_id).flatten().cumsum(0) - 1).view_as(ids_BL)
             sampled_BL, ids_BL = sample_confident(
@@ -298,7 +320,7 @@ class Decoding:
                 top_k=config.top_k,
                 top_p=config.top_p,
                 guidance_logits_NC=guidance,
-                guidance_scale=config.guidance_scale,
+                guidance_scale=scale,
                 rows_BL=rows_BL,
                 samples_B=inputs.samples_B,
             )
@@ -311,10 +333,11 @@ class Decoding:
         num_masked: tuple[int, ...],
         rng_state: Tensor,
         cache: FeatureCache | None = None,
+        *,
         partial: bool = False,
+        guided: bool = False,
     ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"] | None]:
         """Logits of the masked tokens, one after the other; where guided, those without a class too."""
-        guided = self.config.guidance_scale != 0.0
         if guided:  # one doubled batch, conditional half first
             ids_BL, num_masked = ids_BL.repeat(2, 1), num_masked * 2
             class_ids_B = torch.cat([class_ids_B, self.model.class_ids(None, len(class_ids_B))])
@@ -347,7 +370,7 @@ class Decoding:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; each module's own mode again afterwards (parts of a model may be frozen)."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from mage_fast import storage
+from mage_fast.conditioning import drop_labels
 from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
 from mage_fast.embedding import TokenEmbedding
@@ -118,14 +119,21 @@ class MAGE(nn.Module):
 
         Raises:
             ValueError: labels that are not integers, another number of them than samples, or (read on the
-                CPU only) one outside ``[0, class_slots)``.
+                CPU only) one outside the model's classes or equal to the unconditional class.
         """
-        device = self.head.bias.device
+        config, device = self.config, self.head.bias.device
         if labels_B is None:
-            return torch.full((batch,), self.config.unconditional_class_id, device=device)
+            return torch.full((batch,), config.unconditional_class_id, device=device)
         check.integer("MAGE", "labels", labels_B)
         check.shape("MAGE", "labels", labels_B, (batch,))
-        check.values("MAGE", "labels", labels_B, 0, self.config.class_slots)
+        check.values("MAGE", "labels", labels_B, 0, config.num_classes or config.class_slots)
+        unconditional = config.unconditional_class
+        if check.readable(labels_B) and bool((labels_B == unconditional).any()):
+            raise ValueError(
+                f"MAGE: labels holds {unconditional}, which is no class here but stands for none: for "
+                f"samples without a class give no labels, and for more than {unconditional} classes make the "
+                "model with config.for_classes(...)"
+            )
         return labels_B.to(device, torch.int64, non_blocking=True) + self.config.codebook_size
 
     def forward(
@@ -141,10 +149,11 @@ class MAGE(nn.Module):
 
         Args:
             images_or_ids: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``.
-            labels_B: class labels for class-conditional training; None is unconditional.
+            labels_B: class labels for class-conditional training; None is unconditional. In training mode
+                ``label_dropout`` of them are replaced by the unconditional class.
             mask_ratios_B: mask ratios on the CPU; drawn from the configured law by default.
             plan: a mask plan, in place of ratios.
-            rng_state: int64 ``(seed, step)`` that governs masks and dropout. Drawn from torch's global
+            rng_state: int64 ``(seed, step)`` that governs masks and dropouts. Drawn from torch's global
                 generator by default, so that ``torch.manual_seed`` makes a run repeatable. Give it on the
                 CPU: ratios are drawn there, the rest on the model's device.
 
@@ -185,7 +194,10 @@ class MAGE(nn.Module):
             plan = draw_plan(self.config, mask_ratios_B, device_state)
         elif mask_ratios_B is not None:
             raise ValueError("MAGE: got both plan and mask_ratios, wanted one of them")
-        return ids_BL, self.class_ids(labels_B, batch), plan, device_state
+        class_ids_B = self.class_ids(labels_B, batch)
+        if labels_B is not None and self.training:
+            class_ids_B = drop_labels(class_ids_B, self.config, device_state)
+        return ids_BL, class_ids_B, plan, device_state
 
     def _dropout_state(self, rng_state: Tensor | None) -> Tensor | None:
         """The given state on the model's device; drawn from torch's generator where dropout wants one."""

@@ -78,7 +78,7 @@ def plain_steps(
 @few
 @given(
     batch=st.integers(1, 5),
-    labels=st.none() | st.lists(st.integers(0, 10), min_size=5, max_size=5),
+    labels=st.none() | st.lists(st.integers(0, 9), min_size=5, max_size=5),
     unknown=st.none() | st.lists(st.integers(0, 16), min_size=5, max_size=5),
     steps=st.sampled_from([1, 2, 5, 20]),
     options=st.sampled_from([{}, {"schedule": "linear", "top_k": 9}, {"temperature": 0.7, "top_p": 0.8}]),

@@ -19,6 +19,8 @@ from mage_fast.config import MAGEConfig
 from mage_fast.errors import CheckpointError
 from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
+from mage_fast.loss import reconstruction_loss
+from mage_fast.masking import draw_mask_ratios, draw_plan
 from mage_fast.model import MAGE
 from mage_fast.tokenizer import Tokenizer
 
@@ -173,7 +175,7 @@ class FastMAGE(Replacement):
             drop_mask: tokens the encoder does not see; masked ones only.
             mask: tokens to predict, in place of drawn masks (then no ``drop_mask`` drops nothing). Counting
                 them waits for the device.
-            class_ids: vocabulary id of the class token; the unconditional one by default.
+            class_ids: vocabulary id of the class token; the unconditional one by default. None are dropped.
 
         Raises:
             ValueError: images, ids or masks of a wrong shape; ``drop_mask`` without ``mask`` or beyond it.
@@ -184,9 +186,21 @@ class FastMAGE(Replacement):
             plan = _plan_of(mask, drop_mask)
         elif drop_mask is not None:
             raise ValueError("MAGE: drop_mask is given without mask, wanted both")
-        labels_B = None if class_ids is None else class_ids - self.ours.config.codebook_size
-        output = self.ours(images, labels_B, plan=plan)
-        return AcceleratedOutput(output.loss, output.logits_NC, output.plan.is_masked_BL)
+        ours, config = self.ours, self.ours.config
+        ids_BL = ours.tokenize(images)
+        rng_state = rng.new_state()
+        if plan is None:
+            plan = draw_plan(
+                config, draw_mask_ratios(config, len(ids_BL), rng_state), rng_state.to(ids_BL.device)
+            )
+        class_ids_B = ours.class_ids(None, len(ids_BL))
+        if class_ids is not None:  # as they are: the caller drops labels, and any id may be among them
+            check.integer("MAGE", "class_ids", class_ids)
+            check.shape("MAGE", "class_ids", class_ids, (len(ids_BL),))
+            class_ids_B = class_ids.to(ids_BL.device)
+        logits_NC = ours.masked_logits(ids_BL, class_ids_B, plan, rng_state.to(ids_BL.device))
+        loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, config.label_smoothing)
+        return AcceleratedOutput(loss, logits_NC, plan.is_masked_BL)
 
     def features(self, images_or_ids: Tensor, *, block: int | None, pool: bool) -> Tensor:
         """See :meth:`mage_fast.MAGE.features`."""

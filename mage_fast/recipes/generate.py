@@ -43,6 +43,8 @@ class GenerateConfig:
     count: int = 16
     #: Class label of every image; unconditional without.
     label: int | None = None
+    #: Class labels that the images have in turn, in place of one label.
+    labels: tuple[int, ...] = ()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     #: With the image's number it decides the image, whatever the batch size.
     seed: int = 0
@@ -57,9 +59,10 @@ def run(config: GenerateConfig) -> dict[str, object]:
     Values are clipped to [0, 255] and truncated, as published FIDs were computed.
 
     Raises:
-        InputError: a folder with images of other settings, a wrong count.
+        InputError: a folder with images of other settings, a wrong count, guidance without a label, both
+            ``label`` and ``labels``.
         OSError: a file cannot be written, as on a full disk; it names the file, and what is whole stays.
-        ValueError: a label outside the model's class slots.
+        ValueError: a label that is none of the model's classes.
     """
     if config.count < 1 or config.batch_size < 1:
         raise InputError(f"generate: count {config.count}, batch_size {config.batch_size}: wanted 1 or more")
@@ -67,7 +70,7 @@ def run(config: GenerateConfig) -> dict[str, object]:
     model = load_model(config.model, device)
     if model.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer to make images with")
-    labels = None if config.label is None else torch.full((config.count,), config.label)
+    labels = _labels(config)
     model.class_ids(labels, config.count)  # a wrong label is refused before anything is written
     _claim(config, module_fingerprint(model))
     for leftover in config.out.glob(".*.png.tmp"):  # of a run that was killed
@@ -134,11 +137,29 @@ class PNGWriter:
             self._pool.shutdown(cancel_futures=True)
 
 
+def _labels(config: GenerateConfig) -> Tensor | None:
+    """The class label of each image."""
+    if config.label is not None and config.labels:
+        raise InputError(f"generate: got label {config.label} and labels {config.labels}, wanted one of them")
+    labels = config.labels if config.label is None else (config.label,)
+    if not labels and config.sampler.guidance_scale != 0.0:
+        raise InputError(
+            f"generate: guidance_scale is {config.sampler.guidance_scale} without a label, wanted --label or "
+            "--labels: guidance weighs a class against none"
+        )
+    return torch.tensor(labels)[torch.arange(config.count) % len(labels)] if labels else None
+
+
 def _claim(config: GenerateConfig, fingerprint: str) -> None:
     """Note the settings in the folder, or compare them with those noted."""
     settings = {
         **dataclasses.asdict(config.sampler),
-        **{"seed": config.seed, "label": config.label, "precision": config.precision},
+        **{
+            "seed": config.seed,
+            "label": config.label,
+            "labels": list(config.labels),
+            "precision": config.precision,
+        },
         "model": fingerprint,
     }
     if config.out.exists() and not config.out.is_dir():
