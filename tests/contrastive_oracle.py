@@ -31,9 +31,8 @@ def loop(z: Tensor, positive: Tensor, temperature: float) -> Tensor:
 
 
 def model(**changes: Any) -> MAGEC:
-    return build(
-        tiny(**{"dropout": 0.0} | changes), make=MAGEC, contrastive_weight=WEIGHT, temperature=TEMPERATURE
-    )
+    config = tiny(**{"dropout": 0.0, "label_dropout": 0.0} | changes)
+    return build(config, make=MAGEC, contrastive_weight=WEIGHT, temperature=TEMPERATURE)
 
 
 def plain_twin(ours: MAGEC) -> MAGE:
