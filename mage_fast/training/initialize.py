@@ -16,7 +16,7 @@ from mage_fast.model import MAGE
 
 _TOKENIZER = "tokenizer."
 #: What a checkpoint's numbers mean and its tensors' shapes do not tell.
-_SAME = ("codebook_size", "encoder_heads", "decoder_heads", "padding")
+_SAME = ("codebook_size", "encoder_heads", "decoder_heads", "padding", "encoder_input")
 #: Tensors with a row for each id of the vocabulary, and the dimension of the rows.
 _VOCABULARY = {"embedding.word_embeddings.weight": 0, "head.bias": 2}
 
@@ -57,6 +57,7 @@ def _read(model: MAGE, path: str | Path) -> tuple[dict[str, Tensor], MAGEConfig]
     if not Path(path).is_dir():
         published, mine = checkpoint.load_published(path), model.config
         unseen: dict[str, Any] = {name: getattr(mine, name) for name in _SAME}
+        unseen["encoder_input"] = "tokens"  # there is no other in that layout
         if mine.tokenizer is not None:
             unseen["norm_groups"] = mine.tokenizer.norm_groups
         config = checkpoint.infer_config(published, source=path, **unseen)
