@@ -70,6 +70,14 @@ def new_state(seed: int | None = None, step: int = 0, device: torch.device | str
     return torch.tensor([seed, step], dtype=torch.int64, device=device)
 
 
+def split_seed(seed: int, number: int) -> int:
+    """A seed for each of several draws that would otherwise be alike (micro-batches of a step).
+
+    Number 0 keeps the seed, and no two pairs of small seeds and numbers meet.
+    """
+    return (seed + number * 0x9E3779B97F4A7C15) % 2**63
+
+
 def threshold(p: float, bits: int) -> int:
     """How many of the 2**bits values are dropped; one is always kept, so the scale is finite for p < 1."""
     return min(round(p * 2**bits), 2**bits - 1)

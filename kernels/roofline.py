@@ -87,15 +87,21 @@ class Device:
         return "memory" if self.memory_seconds(work) >= self.compute_seconds(work, dtype) else "compute"
 
 
-def _hopper(name: str, bandwidth: float) -> Device:
-    return Device(name, bandwidth, {"bfloat16": 989e12, "float16": 989e12, "tf32": 495e12, "float32": 67e12})
+def _hopper(
+    name: str, bandwidth: float, half: float = 989e12, tf32: float = 495e12, float32: float = 67e12
+) -> Device:
+    return Device(name, bandwidth, {"bfloat16": half, "float16": half, "tf32": tf32, "float32": float32})
 
 
-#: Data sheets, dense figures of the SXM boards.
+#: Data sheets, dense figures. A key is a part of the name that CUDA gives; boards stand before families,
+#: which are the SXM boards.
 DEVICES = {
     "a100": Device(
         "A100 80GB SXM", 2.039e12, {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12}
     ),
+    "h100 pcie": _hopper("H100 PCIe", 2.0e12, 756e12, 378e12, 51e12),
+    "h100 nvl": _hopper("H100 NVL", 3.9e12, 835e12, 418e12, 60e12),
+    "h200 nvl": _hopper("H200 NVL", 4.8e12, 835e12, 418e12, 60e12),
     "h100": _hopper("H100 SXM", 3.35e12),
     "h200": _hopper("H200 SXM", 4.8e12),
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mage_fast import ops
     from mage_fast.acceleration import Accelerated, AcceleratedOutput, accelerate
     from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.contrastive import MAGEC, MAGECOutput, info_nce
     from mage_fast.decoding import Decoding, SamplerConfig
     from mage_fast.errors import CheckpointError, InputError
     from mage_fast.kernels.check import device_values
@@ -27,12 +28,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAGE",
+    "MAGEC",
     "VQGAN",
     "Accelerated",
     "AcceleratedOutput",
     "CheckpointError",
     "Decoding",
     "InputError",
+    "MAGECOutput",
     "MAGEConfig",
     "MAGEOutput",
     "SamplerConfig",
@@ -44,12 +47,15 @@ __all__ = [
     "device_values",
     "generate",
     "generate_ids",
+    "info_nce",
     "ops",
     "use_implementation",
 ]
 
 _HOME = {
     "MAGE": "model",
+    "MAGEC": "contrastive",
+    "MAGECOutput": "contrastive",
     "MAGEConfig": "config",
     "MAGEOutput": "model",
     "Accelerated": "acceleration",
@@ -66,6 +72,7 @@ _HOME = {
     "device_values": "kernels.check",
     "generate": "sampler",
     "generate_ids": "sampler",
+    "info_nce": "contrastive",
     "use_implementation": "kernels.dispatch",
 }
 

@@ -196,7 +196,7 @@ class Decoding:
     ) -> Int64[Tensor, "B L"]:
         """Decode one batch; arguments and errors are those of :func:`mage_fast.generate_ids`."""
         kind, inputs = self._prepare(batch, ids_BL, labels_B, seed, first_sample)
-        with _eval_mode(self.model), self._weights.lent():
+        with eval_mode(self.model), self._weights.lent():
             if not CUDAGraph.runs_on(inputs.ids_BL.device):
                 return self._last(kind, inputs)
             key = (kind, *self._surroundings())
@@ -220,7 +220,7 @@ class Decoding:
         first_sample: int = 0,
     ) -> Iterator[Int64[Tensor, "B L"]]:
         """Yield all tokens as decided after each step; the last are what a call gives."""
-        with _eval_mode(self.model):  # weights are not lent: between steps the model is the caller's
+        with eval_mode(self.model):  # weights are not lent: between steps the model is the caller's
             yield from self._steps(*self._prepare(batch, ids_BL, labels_B, seed, first_sample))
 
     def _surroundings(self) -> tuple:
@@ -375,7 +375,7 @@ class Decoding:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; each module's own mode again afterwards (parts of a model may be frozen)."""
     training = [module for module in model.modules() if module.training]
     model.eval()

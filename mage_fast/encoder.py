@@ -21,10 +21,19 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.encoder_width, eps=NORM_EPS)
 
     def forward(
-        self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, rng_state: Tensor | None
+        self,
+        x_TD: Float[Tensor, "T D"],
+        plan: MaskPlan,
+        rng_state: Tensor | None,
+        *,
+        all_rows: bool = False,
     ) -> Float[Tensor, "V D"]:
-        """Normalised output of the plan's visible rows: the decoder reads no other."""
-        return self._run(self.blocks, x_TD, plan, rng_state, plan.visible_V)[1]
+        """Normalised output of the plan's visible rows: the decoder reads no other.
+
+        ``all_rows`` gives every packed row, ``[T, D]``, to a loss that reads the encoder's output itself.
+        """
+        rows_N = None if all_rows else plan.visible_V
+        return self._run(self.blocks, x_TD, plan, rng_state, rows_N)[1]
 
     def block_output(
         self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, block: int, rng_state: Tensor | None

@@ -16,7 +16,6 @@ from mage_fast.blocks import Block
 from mage_fast.kernels.ops.add_norm.api import add_norm
 from mage_fast.kernels.ops.attention.api import attention
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
-from mage_fast.loss import rows_of_tokens
 from mage_fast.model import MAGE
 
 
@@ -66,9 +65,7 @@ class FeatureCache:
         visible_VD = self._features_TD
         if plan.visible_V is not None:
             visible_VD = visible_VD.index_select(0, plan.visible_V)
-        rows_N = rows_of_tokens(plan.masked_index_N, ids_BL.shape[1])
-        masked_ND = model.decoder(visible_VD, plan, None, rows_N)
-        return model.head(masked_ND, model.embedding.word_embeddings.weight)
+        return model.decode_masked(visible_VD, plan, None)
 
     def _new_rows(self, plan: MaskPlan, num_masked: Sequence[int]) -> Int[Tensor, "R"]:
         is_new_BL = self._is_masked_BL & ~plan.is_masked_BL

@@ -39,6 +39,11 @@ class MAGEOutput(NamedTuple):
     ids_BL: Int64[Tensor, "B L"]
     plan: MaskPlan
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What a training run logs: scalars on the device, without gradient."""
+        return {"loss": self.loss.detach()}
+
 
 class MAGE(nn.Module):
     """The masked generative encoder with its tokenizer.
@@ -178,6 +183,24 @@ class MAGE(nn.Module):
             ValueError: images or ids of a wrong shape, ids outside the codebook, ratios outside [0, 1],
                 ratios beside a plan.
         """
+        ids_BL, inputs, class_ids_B, plan, rng_state = self._masked(
+            images_or_ids, labels_B, mask_ratios_B, plan, rng_state
+        )
+        logits_NC = self.masked_logits(inputs, class_ids_B, plan, rng_state)
+        loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
+        return MAGEOutput(loss, logits_NC, ids_BL, plan)
+
+    def _masked(
+        self,
+        images_or_ids: Tensor,
+        labels_B: Tensor | None,
+        mask_ratios_B: Tensor | None,
+        plan: MaskPlan | None,
+        rng_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, MaskPlan, Tensor]:
+        """Arguments of a forward -> ``(ids_BL, encoder's inputs, class_ids_B, plan, rng_state)``, on the
+        model's device.
+        """
         ids_BL, inputs = self._encoder_inputs(images_or_ids)
         batch = ids_BL.shape[0]
         if rng_state is None:
@@ -198,9 +221,7 @@ class MAGE(nn.Module):
         class_ids_B = self.class_ids(labels_B, batch)
         if labels_B is not None and self.training:
             class_ids_B = drop_labels(class_ids_B, self.config, device_state)
-        logits_NC = self.masked_logits(inputs, class_ids_B, plan, device_state)
-        loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
-        return MAGEOutput(loss, logits_NC, ids_BL, plan)
+        return ids_BL, inputs, class_ids_B, plan, device_state
 
     def _dropout_state(self, rng_state: Tensor | None) -> Tensor | None:
         """The given state on the model's device; drawn from torch's generator where dropout wants one."""
@@ -214,11 +235,10 @@ class MAGE(nn.Module):
         class_ids_B: Tensor,
         plan: MaskPlan,
         rng_state: Tensor | None,
-        rows_N: Int[Tensor, "N"] | None = None,
-    ) -> Float[Tensor, "N D"]:
-        """Decoder output (embedding, encoder, decoder) at each position, ``[B * S, D]``, or at ``rows_N``."""
+    ) -> Float[Tensor, "R D"]:
+        """Decoder output (embedding, encoder, decoder) at each position, ``[B * S, D]``."""
         x_TD = self.embedding(inputs, class_ids_B, plan, rng_state)
-        return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state, rows_N)
+        return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state)
 
     def masked_logits(
         self,
@@ -238,8 +258,15 @@ class MAGE(nn.Module):
             plan: what is masked, and what the encoder sees.
             rng_state: int64 ``(seed, step)`` of the dropout, on the model's device.
         """
-        rows_N = rows_of_tokens(plan.masked_index_N, inputs.shape[1])
-        masked_ND = self.decode_features(inputs, class_ids_B, plan, rng_state, rows_N)
+        x_TD = self.embedding(inputs, class_ids_B, plan, rng_state)
+        return self.decode_masked(self.encoder(x_TD, plan, rng_state), plan, rng_state)
+
+    def decode_masked(
+        self, encoded_VD: Float[Tensor, "V D"], plan: MaskPlan, rng_state: Tensor | None
+    ) -> Float[Tensor, "N C"]:
+        """The second half of :meth:`masked_logits`: decoder and head behind the encoder's visible rows."""
+        rows_N = rows_of_tokens(plan.masked_index_N, plan.is_masked_BL.shape[1])
+        masked_ND = self.decoder(encoded_VD, plan, rng_state, rows_N)
         return self.head(masked_ND, self.embedding.word_embeddings.weight)
 
     def logits(

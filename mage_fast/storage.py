@@ -129,11 +129,16 @@ def read_torch(path: str | Path) -> Any:
         raise CheckpointError(f"{path}: not a whole torch file ({_one_line(error)})") from error
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+def save_pretrained(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write ``config.json`` (from ``model.config.to_dict()``) and ``model.safetensors`` into a folder.
 
     Both are written in full under temporary names before either takes its place, so a failure leaves an
     earlier pair as it was.
+
+    Args:
+        model: whose configuration it is.
+        folder: made if it is not there.
+        state: what to write; the model's state dict by default.
 
     Raises:
         CheckpointError: the folder cannot be made or written.
@@ -144,7 +149,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config_path = stack.enter_context(atomic_path(folder / CONFIG_NAME))
         weights_path = stack.enter_context(atomic_path(folder / WEIGHTS_NAME))
-        _write_safetensors(weights_path, model.state_dict(), {"format": "pt"})
+        state = model.state_dict() if state is None else state
+        _write_safetensors(weights_path, state, {"format": "pt"})
         config_path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 

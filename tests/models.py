@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ def tiny(**changes: Any) -> MAGEConfig:
     return MAGEConfig.tiny(tokenizer=None, **changes)
 
 
-def build(config: MAGEConfig, seed: int = 0) -> MAGE:
+def build(config: MAGEConfig, seed: int = 0, make: Callable[..., Any] = MAGE, **arguments: Any) -> Any:
     """A model in eval mode; norms and biases too are random, so that none can be forgotten."""
     torch.manual_seed(seed)
-    model = MAGE(config).eval()
+    model = make(config, **arguments).eval()
     for x in model.parameters():
         if x.dim() == 1 or x is model.head.bias:
             nn.init.normal_(x, mean=x.mean().item(), std=0.2)

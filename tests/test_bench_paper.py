@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mage_fast import reference
-from mage_fast.benchmark import counts, eager, paper, records
+from mage_fast import counts, reference
+from mage_fast.benchmark import eager, paper, records
 from mage_fast.cli import main
 from mage_fast.config import MAGEConfig
 from mage_fast.kernels.roofline import DEVICES, Device, Work, data_sheet

@@ -63,7 +63,7 @@ def test_an_image_smaller_than_the_crop(saved: Path, tmp_path: Path, capsys: pyt
         *("--batch-size", 1, "--epochs", 1, "--warmup-epochs", 0),
     )
     assert "2.png is 20 x 15 pixels, wanted at least the crop of 16 x 16" in line
-    assert not (tmp_path / "run" / "state.safetensors").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_truncated_safetensors_file(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -141,7 +141,7 @@ def test_an_id_outside_the_codebook(saved: Path, tmp_path: Path, capsys: pytest.
     out = tmp_path / "run"
     line = fails(capsys, "pretrain", "--tokenizer", saved / "tokenizer", "--data", data, "--out", out)
     assert "ids holds 32, wanted 0 <= ids < 32" in line
-    assert not (out / "state.safetensors").exists()
+    assert not (out / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

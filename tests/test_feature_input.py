@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mage_fast import checkpoint, generate_ids, reference
 from mage_fast.config import MAGEConfig
+from mage_fast.contrastive import MAGEC
 from mage_fast.errors import CheckpointError
 from mage_fast.kernels import rng
 from mage_fast.masking import draw_plan
@@ -195,6 +196,19 @@ def test_one_graph_under_compile() -> None:
         trained = [x for x in model.parameters() if x.requires_grad]
         results.append([loss, *torch.autograd.grad(loss, trained)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_mage_c_of_features() -> None:
+    """Its reconstruction is that of a plain model of both views, its views stacked or not."""
+    config = MAGEConfig.tiny(encoder_input="features", dropout=0.0)
+    plain, both = build(config), MAGEC(config).eval()
+    initialize = plain.state_dict() | {f"projector.{k}": x for k, x in both.projector.state_dict().items()}
+    both.load_state_dict(initialize)
+    views = torch.rand(2, 3, 3, 16, 16)
+    plan = draw_plan(config, torch.full((6,), 0.7), rng.new_state(2))
+    wanted = plain(views.flatten(0, 1), plan=plan).loss
+    for images in (views, views.flatten(0, 1)):
+        assert_near(both(images, plan=plan).reconstruction_loss, wanted, 1e-6)
 
 
 # The tokenizer's part, and files

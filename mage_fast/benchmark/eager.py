@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mage_fast import reference
-from mage_fast.benchmark import counts
+from mage_fast import counts, reference
 from mage_fast.config import MAGEConfig
 from mage_fast.kernels.roofline import Device, Work
 from mage_fast.reference.layers import Block, MlmLayer

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mage_fast import reference
-from mage_fast.benchmark import counts
+from mage_fast import counts, reference
 from mage_fast.benchmark.end_to_end import (
     AMP,
     DTYPES,

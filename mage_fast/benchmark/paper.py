@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mage_fast.benchmark import counts, eager, tokenization
+from mage_fast import counts
+from mage_fast.benchmark import eager, tokenization
 from mage_fast.benchmark.end_to_end import models
 from mage_fast.benchmark.generation import STEPS, Generation
 from mage_fast.benchmark.tokenization import Tokenization
@@ -177,7 +178,7 @@ def _stack(config: MAGEConfig, part: str, batch: int, length: int, *, learns: bo
 def _step(config: MAGEConfig, batch: int) -> list[Work]:
     """Every kernel of our training step from ids."""
     length = config.num_tokens
-    dropped, masked = round(length * config.drop_ratio), round(length * counts.MEAN_MASK_RATIO)
+    dropped, masked = round(length * config.drop_ratio), counts.masked(config)
     plan = MaskPlan("", batch, length, (masked, masked), (dropped, dropped))
     kept, width = length + 1 - dropped, config.decoder_width
     kernels = [plan.work(torch.int32, "fwd")]

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mage_fast import checkpoint, reference
-from mage_fast.benchmark import counts
+from mage_fast import checkpoint, counts, reference
 from mage_fast.benchmark.end_to_end import (
     AMP,
     COMPILED,

@@ -25,7 +25,7 @@ class ProbeConfig:
 
     #: A model's folder (as pretrain writes it) or a published .pth.
     model: Path = Path("out/pretrain")
-    #: Labelled data: digits, folder:PATH, tokens:PATH or hf:NAME.
+    #: Labelled data: digits, folder:PATH, webdataset:PATH, tokens:PATH or hf:NAME.
     data: str = "digits"
     #: JSON file for the result; printed only, without.
     out: Path | None = None

@@ -15,19 +15,23 @@ from mage_fast.errors import InputError
 from mage_fast.recipes.loading import Precision, load_tokenizer, precision_context
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import Batch, batches, open_source
+from mage_fast.training.distributed import torchrun_processes
 from mage_fast.training.logs import progress_bar
-from mage_fast.training.processes import in_processes, torchrun_ranks
+from mage_fast.training.processes import in_processes
 from mage_fast.training.run import pick_device
 from mage_fast.training.run_state import module_fingerprint
 from mage_fast.training.sources import Source
 from mage_fast.training.token_cache import TokenCacheWriter
+
+#: Seconds that a rank waits for the slowest share of the work, however long that takes.
+PATIENCE_SECONDS = 30 * 86400.0
 
 
 @dataclass(frozen=True)
 class TokenizeConfig:
     """Encode a data set once, so that training reads tokens at memory speed. Started again, it goes on."""
 
-    #: Where the images are: digits, folder:PATH or hf:NAME[:SPLIT].
+    #: Where the images are: digits, folder:PATH, webdataset:PATH or hf:NAME[:SPLIT].
     data: str = "digits"
     #: A tokenizer's folder, a model's folder, or a published .pth.
     tokenizer: Path = Path("out/tokenizer")
@@ -81,7 +85,8 @@ def run(config: TokenizeConfig) -> dict[str, Any]:
     # made once to check the augmentation and the images' sizes before the cache is begun
     for stream in _views(config, source, range(len(source))):
         stream.close()
-    with torchrun_ranks() as (rank, ranks):
+    with torchrun_processes(torch.device("cpu"), PATIENCE_SECONDS) as group:
+        rank, ranks = group.rank, group.count
         if ranks > 1 and config.processes > 1:
             raise InputError(f"tokenize: processes {config.processes}, but torchrun starts them: wanted 1")
         begun: list[Any] = [None, None]

@@ -20,7 +20,6 @@ from mage_fast.training.logs import RunLogger
 from mage_fast.training.loop import train
 from mage_fast.training.perceptual import PerceptualDistance
 from mage_fast.training.run import Run, pick_device
-from mage_fast.training.run_state import read_run_state
 
 GRID_NAME = "reconstructions.png"
 #: For small images, trained in minutes without a GPU.
@@ -43,7 +42,7 @@ FREE = ("out", "device", "workers", "log_every", "save_every")
 class TrainTokenizerConfig:
     """Train a VQGAN tokenizer. The same command again goes on where it stopped."""
 
-    #: Images: digits, folder:PATH or hf:NAME[:SPLIT].
+    #: Images: digits, folder:PATH, webdataset:PATH or hf:NAME[:SPLIT].
     data: str = "digits"
     #: Folder of the run and, when it is done, of the tokenizer.
     out: Path = Path("out/tokenizer")
@@ -117,7 +116,7 @@ class TrainTokenizerConfig:
 def run(config: TrainTokenizerConfig) -> dict[str, Any]:
     """Train, or go on, until ``config.steps``; write the tokenizer and measure it on the held-out split.
 
-    ``config.out`` holds the run's ``state.safetensors``, ``metrics.jsonl`` and TensorBoard events, and in the
+    ``config.out`` holds the run's ``checkpoints``, ``metrics.jsonl`` and TensorBoard events, and in the
     end ``config.json`` and ``model.safetensors`` (:meth:`VQGAN.from_pretrained` reads them) and
     ``reconstructions.png``, pairs of held-out images and their reconstructions. A finished run returns its
     metrics again. A function of the configuration: where a run was interrupted changes no bit on a CPU.
@@ -138,10 +137,8 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
     start = state.resume()
     about = {"folder": str(config.out), "steps": config.steps, "stopped_by": None}
     files = (config.out / name for name in (CONFIG_NAME, WEIGHTS_NAME, GRID_NAME))
-    if start == config.steps and all(file.exists() for file in files):
-        metrics = read_run_state(state.state_path).extra
-        if metrics:
-            return about | metrics
+    if start == config.steps and all(file.exists() for file in files) and state.extra:
+        return about | state.extra
 
     size = config.model.image_size
     source, held_out = (open_source(config.data, image_size=size, split=s) for s in ("train", "test"))
@@ -195,5 +192,5 @@ def _check_folder(state: Run) -> None:
     if not nearest.is_dir():
         raise InputError(f"{nearest} is a file, wanted a folder for the run")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if (state.folder / name).exists() and not state.state_path.exists():
+        if (state.folder / name).exists() and not state.checkpoints.all():
             raise InputError(f"{state.folder} holds a {name} of something else: give another --out")

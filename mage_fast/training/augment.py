@@ -73,9 +73,9 @@ def named(augment: Augmentation | str) -> Augmentation:
     return AUGMENTATIONS[augment]
 
 
-def item_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one image in one epoch."""
-    return np.random.default_rng((seed, epoch, index))
+def item_generator(seed: int, epoch: int, index: int, view: int = 0) -> np.random.Generator:
+    """The random numbers of one view of one image in one epoch."""
+    return np.random.default_rng((seed, epoch, index, view) if view else (seed, epoch, index))
 
 
 def augmented(

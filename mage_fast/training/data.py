@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int64, Integer
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from mage_fast.errors import InputError
-from mage_fast.training.augment import Augmentation, augmented, item_generator, named, without_flip
+from mage_fast.training.augment import Augmentation, named, without_flip
 from mage_fast.training.huggingface import HuggingFaceSource
-from mage_fast.training.images import UnreadableImage
-from mage_fast.training.sources import DigitsSource, FolderSource, Source, Split, TokenSource
+from mage_fast.training.loading import Batch, Batches, Order, Received
+from mage_fast.training.sources import (
+    DigitsSource,
+    FolderSource,
+    Source,
+    Split,
+    TokenSource,
+    summary_of_bad_files,
+)
+from mage_fast.training.webdataset import WebDatasetSource
 
-KNOWN_SOURCES = "digits, folder:PATH, tokens:PATH, hf:NAME[:SPLIT]"
+KNOWN_SOURCES = "digits, folder:PATH, webdataset:PATH, tokens:PATH, hf:NAME[:SPLIT]"
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ log = logging.getLogger(__name__)
 def open_source(
     spec: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1, verify: bool = True
 ) -> Source:
-    """The data source that a string names: ``digits``, ``folder:PATH``, ``tokens:PATH``, ``hf:NAME[:SPLIT]``.
+    """The data source that a string names, one of ``KNOWN_SOURCES``.
 
     Args:
         spec: the string.
@@ -55,19 +59,13 @@ def open_source(
         return DigitsSource(image_size=image_size, split=split)
     if kind == "folder":
         return FolderSource(rest, image_size=image_size, split=split, min_side=min_side)
+    if kind == "webdataset":
+        return WebDatasetSource(rest, image_size=image_size, split=split, min_side=min_side)
     if kind == "tokens":
         return TokenSource(rest, split=split, verify=verify)
     if kind == "hf":
         return HuggingFaceSource(rest, image_size=image_size, split=split, min_side=min_side)
     raise InputError(f"unknown data source {spec!r}, wanted one of {KNOWN_SOURCES}")
-
-
-class Batch(NamedTuple):
-    """float32 images [B, 3, H, W] in [0, 1] or ids [B, L], uint16 or int32; labels; the items' indices."""
-
-    inputs: Float[Tensor, "B 3 H W"] | Integer[Tensor, "B L"]
-    labels: Int64[Tensor, " B"]
-    indices: Int64[Tensor, " B"]
 
 
 def steps_per_epoch(
@@ -98,6 +96,9 @@ def batches(
     shuffle: bool = True,
     drop_last: bool = True,
     augment: Augmentation | str = "eval",
+    views: int = 1,
+    split: int = 1,
+    shares: Sequence[int] = (0,),
     on_bad_file: Literal["substitute", "drop"] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
@@ -109,9 +110,14 @@ def batches(
     it is left out, so nothing counts twice. Either way the file is named in ``source.bad_files`` and
     logged once.
 
+    Processes that train together each take their part of every batch: it is cut into ``split`` equal
+    micro-batches, of which this process yields the ``shares``, so a step is ``len(shares)`` batches here.
+    What an epoch holds, and in which order, does not depend on it. An incomplete last batch is cut into
+    micro-batches of the same size, which end with a short one; an empty one is left out.
+
     Args:
         source: see :func:`open_source`.
-        batch_size: items a batch.
+        batch_size: items a batch, over all processes.
         image_size: pixels along a side of the images made; the source's own by default.
         items: the part of the source to iterate over; all of it by default.
         seed: of order and augmentation, 0 or more.
@@ -121,40 +127,55 @@ def batches(
         shuffle: a new order every epoch, or the source's own.
         drop_last: leave out an incomplete last batch.
         augment: an :class:`Augmentation` or the name of one; flips are left out where the source says so.
+        views: crops of every image, drawn independently; above 1, ``inputs`` has an axis of them in front,
+            and the first is the one of ``views=1``. A token cache of K views shows views
+            ``(epoch * views + v) mod K``.
+        split: equal micro-batches that every batch is cut into.
+        shares: numbers of those that are yielded, in this order.
         on_bad_file: see above.
         workers: data-loading processes; 0 loads in this one.
         pin_memory: copy batches to page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
-        InputError: at once: fewer items than a batch, an image smaller than a crop that does not resize.
+        InputError: at once: fewer items than a batch, an image smaller than a crop that does not resize,
+            a batch that ``split`` does not divide, shares outside ``split``, more views than a cache has.
             While iterating: no image of the source is readable.
     """
     image_size = image_size or source.image_size
-    if min(batch_size, image_size) < 1 or min(seed, epoch, start_step, workers) < 0:
+    if min(batch_size, image_size, views, split) < 1 or min(seed, epoch, start_step, workers) < 0:
         raise InputError(
-            f"batches: batch_size {batch_size}, image_size {image_size}, seed {seed}, epoch {epoch}, "
-            f"start_step {start_step}, workers {workers}: wanted 1 or more twice, then 0 or more"
+            f"batches: batch_size {batch_size}, image_size {image_size}, views {views}, split {split}, "
+            f"wanted 1 or more; seed {seed}, epoch {epoch}, start_step {start_step}, workers {workers}, "
+            "wanted 0 or more"
         )
+    if batch_size % split:
+        raise InputError(f"batches: batch_size is {batch_size}, wanted a multiple of split {split}")
+    if not shares or not all(0 <= share < split for share in shares):
+        raise InputError(f"batches: shares are {list(shares)}, wanted numbers from 0 to {split - 1}")
     steps = steps_per_epoch(source, batch_size, drop_last=drop_last, items=items)
     augmentation = named(augment)
     if not source.can_flip:
         augmentation = without_flip(augmentation)
     if source.kind == "images" and not augmentation.resize:
         source.require_size(image_size)
-    dataset = _Batches(
+    source.require_views(views)
+    dataset = Batches(
         source,
         image_size,
         seed,
         augmentation,
+        views,
         drop=(on_bad_file or ("drop", "substitute")[shuffle]) == "drop",
     )
-    order = _Order(
+    order = Order(
         items or range(len(source)),
         batch_size,
         steps=steps,
         first=epoch * steps + start_step,
         stop=None if epochs is None else (epoch + epochs) * steps,
         seed=seed if shuffle else None,
+        split=split,
+        shares=shares,
     )
     loader = DataLoader(
         dataset,
@@ -166,110 +187,21 @@ def batches(
         worker_init_fn=_own_process_group,
         generator=torch.Generator().manual_seed(seed),  # else an iterator would advance torch's global one
     )
-    return _received(loader, source)
+    return _received(loader, source, alone=split == 1)
 
 
 def training_batches(
     source: Source, batch_size: int, *, step: int = 0, **options: object
 ) -> Generator[Batch, None, None]:
-    """Batches without end from global step ``step`` on; ``options`` as for :func:`batches`."""
+    """Batches without end from global step ``step`` on, ``len(shares)`` a step; ``options`` as for
+    :func:`batches`.
+    """
     return batches(source, batch_size, start_step=step, epochs=None, **options)  # type: ignore[arg-type]
 
 
-class _Order(Sampler[tuple[int, np.ndarray]]):
-    """(epoch, indices of a batch), from global step ``first`` up to ``stop``."""
-
-    def __init__(
-        self, items: range, batch_size: int, *, steps: int, first: int, stop: int | None, seed: int | None
-    ) -> None:
-        self.items, self.batch_size, self.steps = items, batch_size, steps
-        self.first, self.stop, self.seed = first, stop, seed
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        step, epoch = self.first, -1
-        while self.stop is None or step < self.stop:
-            if step // self.steps != epoch:
-                epoch = step // self.steps
-                order = np.arange(self.items.start, self.items.stop, self.items.step)
-                if self.seed is not None:
-                    order = order[np.random.default_rng((self.seed, epoch)).permutation(len(order))]
-            start = step % self.steps * self.batch_size
-            yield epoch, order[start : start + self.batch_size].copy()
-            step += 1
-
-
-class _Received(NamedTuple):
-    """What a worker sends: a batch (or the error that ends the iteration) and the files it found damaged."""
-
-    batch: Batch | InputError
-    bad_files: dict[str, str]
-
-
-@dataclass(eq=False)
-class _Batches(Dataset[_Received]):
-    """Makes the batch that an entry of :class:`_Order` asks for. Damaged files are known for each process
-    by itself: which image stands in for one depends on the files alone, so no process needs to tell another.
-    """
-
-    source: Source
-    image_size: int
-    seed: int
-    augmentation: Augmentation
-    drop: bool
-    bad: dict[int, str] = field(default_factory=dict)
-
-    def __getitem__(self, request: tuple[int, np.ndarray]) -> _Received:
-        epoch, indices = request
-        known = set(self.bad)
-        try:
-            batch: Batch | InputError = self._batch(epoch, indices)
-        except InputError as error:
-            batch = error  # sent as a value: DataLoader would wrap a worker's exception in its traceback
-        found = {self.source.name(index): self.bad[index] for index in self.bad.keys() - known}
-        return _Received(batch, found)
-
-    def _batch(self, epoch: int, indices: np.ndarray) -> Batch:
-        if self.source.kind == "tokens":
-            inputs = torch.from_numpy(self.source.tokens(indices, epoch))
-        else:
-            images, used = [], []
-            for index in indices.tolist():
-                if (loaded := self._image(epoch, index)) is not None:
-                    images.append(loaded[0])
-                    used.append(loaded[1])
-            indices = np.array(used, dtype=np.int64)
-            stacked = np.stack(images) if images else np.empty((0, 3, self.image_size, self.image_size))
-            inputs = torch.from_numpy(stacked.astype(np.float32) / np.float32(255))
-        return Batch(inputs, torch.from_numpy(self.source.labels[indices]), torch.from_numpy(indices))
-
-    def _image(self, epoch: int, index: int) -> tuple[np.ndarray, int] | None:
-        """uint8 [3, H, W] and the index it came from: ``index``, or the next one that is readable."""
-        generator = item_generator(self.seed, epoch, index)
-        for offset in range(len(self.source)):
-            candidate = (index + offset) % len(self.source)
-            if candidate not in self.bad:
-                try:
-                    image = self.source.image(candidate)
-                except UnreadableImage as error:
-                    self.bad[candidate] = str(error)
-                else:
-                    image = augmented(
-                        image,
-                        self.image_size,
-                        self.augmentation,
-                        generator,
-                        default_resize_ratio=self.source.resize_ratio,
-                        name=self.source.name(candidate),
-                    )
-                    return np.asarray(image).transpose(2, 0, 1), candidate
-            if self.drop:
-                return None
-        raise InputError(f"{self.source.spec}: none of its {len(self.source)} images is readable")
-
-
-def _received(loader: DataLoader[_Received], source: Source) -> Generator[Batch, None, None]:
+def _received(loader: DataLoader[Received], source: Source, *, alone: bool) -> Generator[Batch, None, None]:
     """Batches out of what the workers send; damaged files are noted on the way, a sum of them at the end."""
-    noted, received, yielded = len(source.bad_files), 0, 0
+    noted, received, yielded = source.bad_count, 0, 0
     try:
         for batch, bad_files in loader:
             received += 1
@@ -280,12 +212,12 @@ def _received(loader: DataLoader[_Received], source: Source) -> Generator[Batch,
             if len(batch.labels):
                 yielded += 1
                 yield batch
-        if received and not yielded:  # only bad files empty a batch
+        # Only bad files empty a batch. One process of several may meet nothing else; the others go on.
+        if received and not yielded and alone:
             raise InputError(f"{source.spec}: none of its {len(source)} images is readable")
     finally:
-        if len(source.bad_files) > noted:
-            names = ", ".join(list(source.bad_files)[:5]) + (", ..." if len(source.bad_files) > 5 else "")
-            log.warning("%s: skipped %d files in all: %s", source.spec, len(source.bad_files), names)
+        if source.bad_count > noted:
+            log.warning("%s: skipped %s", source.spec, summary_of_bad_files(source.bad_files))
 
 
 def _unchanged(received: Any) -> Any:

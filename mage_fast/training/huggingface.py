@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mage_fast.errors import InputError
-from mage_fast.training.images import UnreadableImage, read_rgb
+from mage_fast.training.images import read_file
 from mage_fast.training.sources import Source, Split, split_indices
 
 #: Names under which published datasets keep their held-out images, in order of preference.
@@ -70,10 +68,6 @@ class HuggingFaceSource(Source):
             return parts[held_out], "all"
         return parts[train], "all" if held_out not in (None, train) else split
 
-    def image(self, index: int) -> Image.Image:
+    def encoded(self, index: int) -> bytes:
         value = self._rows[int(self._chosen[index])][self._column]
-        content = value["bytes"]
-        image = read_rgb(BytesIO(content) if content is not None else value["path"])
-        if min(image.size) < self.min_side:
-            raise UnreadableImage(f"{image.width} x {image.height} pixels, min_side is {self.min_side}")
-        return image
+        return value["bytes"] if value["bytes"] is not None else read_file(value["path"])

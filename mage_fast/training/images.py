@@ -26,6 +26,18 @@ class UnreadableImage(Exception):
     """An image file cannot be decoded; the message says why. Data loading skips the file and names it."""
 
 
+def read_file(path: Path | str) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        UnreadableImage: there is none, or it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(_reason(error)) from error
+
+
 def read_rgb(file: Path | str | BinaryIO) -> Image.Image:
     """Decode an image completely and convert it to RGB, upright as its EXIF orientation says.
 
@@ -40,7 +52,7 @@ def read_rgb(file: Path | str | BinaryIO) -> Image.Image:
         raise UnreadableImage(_reason(error)) from error
 
 
-def header_size(file: Path | str) -> tuple[int, int]:
+def header_size(file: Path | str | BinaryIO) -> tuple[int, int]:
     """(width, height) from the file's header, without decoding.
 
     Raises:

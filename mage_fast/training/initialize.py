@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mage_fast import checkpoint, storage
 from mage_fast.config import MAGEConfig
+from mage_fast.contrastive import without_projector
 from mage_fast.errors import CheckpointError
 from mage_fast.model import MAGE
 
@@ -31,8 +32,8 @@ def initialize_from(model: MAGE, path: str | Path) -> None:
     they learnt where both models have equally many.
 
     Args:
-        model: its masking law, its dropouts and its mode of the encoder may be others than the trained
-            model's.
+        model: not sharded yet. Its masking law, its dropouts and its mode of the encoder may be others than
+            the trained model's; a :class:`~mage_fast.contrastive.MAGEC` keeps its projector.
         path: a folder of :meth:`mage_fast.MAGE.save_pretrained`, or a published ``.pth``.
 
     Raises:
@@ -49,7 +50,9 @@ def initialize_from(model: MAGE, path: str | Path) -> None:
         if name in state and state[name].dim() > dimension:
             _check_vocabulary(name, state[name].shape[dimension], config, path)
             state[name] = state[name].index_select(dimension, rows_V)
-    storage.load_state(model, state, path)
+    mine = model.state_dict()
+    projector = {name: mine[name] for name in mine.keys() - without_projector(mine).keys()}
+    storage.load_state(model, state | projector, path)
 
 
 def _read(model: MAGE, path: str | Path) -> tuple[dict[str, Tensor], MAGEConfig]:

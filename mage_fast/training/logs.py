@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar for people, ``metrics.jsonl`` for programs, TensorBoard for curves."""
+"""What a run tells: a bar for people, ``metrics.jsonl`` for programs, TensorBoard or a tracker for curves."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from torch import Tensor
 
+from mage_fast.errors import InputError
 from mage_fast.files import atomic_path
+from mage_fast.training.metrics import to_uint8
+from mage_fast.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 ItemT = TypeVar("ItemT")
@@ -25,7 +33,10 @@ class RunLogger:
 
     ``metrics.jsonl`` gets one JSON object a line (``step``, ``time`` in seconds since the epoch, the metrics,
     ``steps_per_second`` and, where known, ``samples_per_second``; a value that is not finite is null). A run
-    resumed at ``start_step`` drops the lines after that step, so every step stands there once.
+    resumed at ``start_step`` drops the lines after that step, so every step stands there once; TensorBoard
+    hides what it was told after that step, pictures too, and a tracker keeps it (:class:`Tracker`).
+
+    With several ranks the first one logs; the others pass None in place of a logger.
 
     Args:
         folder: made if missing.
@@ -35,6 +46,7 @@ class RunLogger:
         samples_per_step: batch size over all devices, for the throughput.
         tensorboard: also write TensorBoard events (imported only then).
         console: where bar and messages go; standard error by default. Without a terminal there is no bar.
+        tracker: is told metrics and pictures too; begun and finished with the context.
     """
 
     def __init__(
@@ -47,12 +59,14 @@ class RunLogger:
         samples_per_step: int | None = None,
         tensorboard: bool = True,
         console: Console | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.start_step = start_step
         self.samples_per_step = samples_per_step
         self.console = console or Console(stderr=True)
         self._tensorboard = tensorboard
+        self._tracker = tracker
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -67,8 +81,12 @@ class RunLogger:
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS_FILE
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= self.start_step]
+        lines = path.read_text().splitlines() if path.exists() else []
+        if self._tracker is not None:  # it may refuse: nothing is dropped before
+            steps = [step for line in lines if (step := _step(line)) < math.inf]
+            self._tracker.start(self.folder, self.start_step, int(max(steps, default=0)))
+        if lines:
+            kept = [line for line in lines if _step(line) <= self.start_step]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
@@ -95,13 +113,34 @@ class RunLogger:
         if self.samples_per_step is not None:
             values["samples_per_second"] = steps_per_second * self.samples_per_step
             shown = f"{values['samples_per_second']:.4g} samples/s"
+        if "images_per_second" in metrics:
+            shown = f"{metrics['images_per_second']:.4g} images/s"
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": time.time()} | finite) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, values)
         loss = f"loss {metrics['loss']:.4f} " if "loss" in metrics else ""
         self._progress.update(self._task, completed=step, metrics=loss + shown)
+
+    def image(
+        self, name: str, step: int, picture: Path | Float[Tensor, "C H W"] | UInt8[Tensor, "C H W"]
+    ) -> None:
+        """Show a picture at ``step`` steps done: a file, or a tensor, RGB or grey, in [0, 1] or of bytes.
+
+        Raises:
+            InputError: a tensor of another shape.
+            OSError: a file that is missing or no picture.
+        """
+        if self._writer is None and self._tracker is None:
+            return
+        pixels_HWC = _pixels(picture)
+        if self._writer is not None:
+            self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
+        if self._tracker is not None:
+            self._tracker.image(name, step, pixels_HWC)
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""
@@ -114,6 +153,8 @@ class RunLogger:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+        if self._tracker is not None:
+            self._tracker.finish(failed=kind is not None)
 
 
 def progress(items: Iterable[ItemT], description: str, total: int | None = None) -> Iterable[ItemT]:
@@ -138,3 +179,16 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _pixels(picture: Path | Tensor) -> UInt8[np.ndarray, "H W 3"]:
+    """Three equal channels for a grey picture."""
+    if isinstance(picture, Path):
+        with Image.open(picture) as image:
+            return np.asarray(image.convert("RGB"))
+    if picture.ndim != 3 or picture.shape[0] not in (1, 3):
+        raise InputError(
+            f"RunLogger: picture has shape {tuple(picture.shape)}, wanted (1 or 3, height, width)"
+        )
+    levels_CHW = picture.cpu() if picture.dtype == torch.uint8 else to_uint8(picture)
+    return levels_CHW.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()

@@ -96,6 +96,12 @@ def save_png(image: Float[Tensor, "C H W"] | UInt8[Tensor, "C H W"], path: Path 
         Image.fromarray(pixels).save(temporary, format="PNG")
 
 
+def enlarged(images: Float[Tensor, "N C H W"], zoom: int = 0) -> Float[Tensor, "N C height width"]:
+    """Images clamped to [0, 1] and enlarged by whole pixels, ``zoom`` times or until a side is about 64."""
+    zoom = zoom or max(1, round(64 / images.shape[-1]))
+    return images.clamp(0, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+
+
 def image_grid(
     images: Float[Tensor, "N C H W"], columns: int, *, gap: int = 2, background: float = 1.0
 ) -> Float[Tensor, "C height width"]:

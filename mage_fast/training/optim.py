@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mage_fast.errors import CheckpointError, InputError
 from mage_fast.training.precision import LossScale
@@ -59,36 +60,41 @@ def clipped_step(
 ) -> Float[Tensor, ""]:
     """Clip all gradients to a joint L2 norm and step; the norm before that, on the device.
 
-    A fused optimizer divides the gradients as it reads them, which saves a pass over them; the clipped ones
-    are left in ``.grad`` in either case.
+    A step whose norm is not finite is skipped: parameters and states stay as they were. Of sharded parameters
+    (``fully_shard``) the norm is that of the whole gradients, so every process decides alike. A fused
+    optimizer skips on the device, where nothing waits, and divides the gradients as it reads them, which
+    saves a pass over them; the clipped ones are left in ``.grad`` in either case.
 
     Equivalent PyTorch::
 
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        optimizer.step()
+        if norm.isfinite():
+            optimizer.step()
 
     Args:
         optimizer: has gradients.
         max_norm: None clips nothing.
-        loss_scale: gradients are of the loss times this scale, which is updated; a step whose norm is not
-            finite is skipped. The optimizer must be fused.
+        loss_scale: gradients are of the loss times this scale, which is updated. The optimizer must be fused.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    divisor = found_inf = None
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    divisor = None
     if loss_scale is not None:
         norm = norm / loss_scale.scale
     if max_norm is not None:
         divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grad_norm_ has it
     if not is_fused(optimizer) or norm.dtype == torch.float64:  # fused kernels divide by a float32
-        if divisor is not None:
-            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
-        optimizer.step()
+        if norm.isfinite():
+            if divisor is not None:
+                torch._foreach_div_(gradients, divisor)
+            optimizer.step()
         return norm
+    found_inf = (~norm.isfinite()).to(torch.float32)
     if divisor is not None:
         divisor = divisor.to(torch.float32)
     if loss_scale is not None:
-        found_inf = (~norm.isfinite()).to(torch.float32)
         divisor = loss_scale.scale * (1.0 if divisor is None else divisor)
     # where a GradScaler leaves them for the fused kernel
     optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
@@ -96,7 +102,7 @@ def clipped_step(
         optimizer.step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-    if loss_scale is not None and found_inf is not None:
+    if loss_scale is not None:
         loss_scale.update(found_inf)
     return norm
 
@@ -121,20 +127,26 @@ class Ema:
         self.decay = decay
         self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        # one call takes plain tensors or FSDP2's DTensors, not both
+        kinds: dict[type, list[str]] = {}
+        for name, average in self._parameters.items():
+            kinds.setdefault(type(average), []).append(name)
+        self._alike = list(kinds.values())
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model, in one fused call."""
+        """Move the average towards the model, in one fused call; two where FSDP2 shards only a part."""
         current = dict(model.named_parameters())
-        torch._foreach_lerp_(
-            list(self._parameters.values()), [current[name] for name in self._parameters], 1 - self.decay
-        )
+        for names in self._alike:
+            averages = [self._parameters[name] for name in names]
+            torch._foreach_lerp_(averages, [current[name] for name in names], 1 - self.decay)
         for name, buffer in model.named_buffers():
             self._buffers[name].copy_(buffer)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Within the block, ``model`` computes with the average."""
+        _reshard(model)
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             kept = {name: value.clone() for name, value in own.items()}
@@ -142,6 +154,7 @@ class Ema:
         try:
             yield
         finally:
+            _reshard(model)
             with torch.no_grad():
                 _copy(own, kept)
 
@@ -164,6 +177,13 @@ class Ema:
                     f"Ema: {name} has shape {tuple(value.shape)}, wanted {tuple(own[name].shape)}"
                 )
         _copy(own, state)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 may keep whole copies of parameters after a forward, which would not follow a change."""
+    for module in model.modules():
+        if (reshard := getattr(module, "reshard", None)) is not None:
+            reshard()
 
 
 def _copy(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:

@@ -1,17 +1,13 @@
-"""Work shared by processes: ones that are started here, or those of torchrun."""
+"""Work shared by processes that are started here."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
-
-import torch.distributed
 
 #: Seconds between calls of ``waiting``.
 _PATIENCE = 1.0
@@ -84,19 +80,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-@contextmanager
-def torchrun_ranks() -> Iterator[tuple[int, int]]:
-    """This process's rank and the number of ranks, with a process group on the CPU where there are several;
-    (0, 1) where torchrun did not start this process.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
-        yield 0, 1
-        return
-    # a rank waits for the slowest share of the work, however long that takes
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        yield torch.distributed.get_rank(), torch.distributed.get_world_size()
-    finally:
-        torch.distributed.destroy_process_group()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mage_fast.errors import InputError
-from mage_fast.training.run_state import Part, RunState, load_run_state, read_run_state, save_run_state
+from mage_fast.training.checkpoints import Checkpoints, read_state
+from mage_fast.training.run_state import Part
 
-STATE_NAME = "state.safetensors"
+#: Folder of the checkpoints in a run's folder.
+CHECKPOINTS = "checkpoints"
+#: Where the state of a run lay before there were checkpoints.
+OLD_STATE = "state.safetensors"
 
 
 class Run:
@@ -21,37 +25,70 @@ class Run:
     Args:
         folder: made when the first state is written.
         settings: plain values that must not change between start and resumption.
+        checkpoints: where states lie and how many stay; by default the newest two, in the run's folder.
         parts: modules, optimisers and averages that make up the state.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], **parts: Part) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        checkpoints: Checkpoints | None = None,
+        /,
+        **parts: Part,
+    ) -> None:
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
+        self.checkpoints = checkpoints or Checkpoints(folder / CHECKPOINTS)
         self.parts = parts
+        #: The recipe's own values of the state that was resumed.
+        self.extra: dict[str, Any] = {}
 
-    @property
-    def state_path(self) -> Path:
-        """The safetensors file of the whole state."""
-        return self.folder / STATE_NAME
+    def resume(self, source: Path | Literal["auto"] = "auto") -> int:
+        """Load a state; the steps done before, 0 for a new run.
 
-    def resume(self) -> int:
-        """Load the state if there is one; the steps done before, 0 for a new run.
+        Args:
+            source: ``"auto"`` is the run's newest checkpoint that is whole, if it has one; or a checkpoint,
+                also of another folder.
 
         Raises:
-            InputError: the folder holds a run with other settings, or is a file.
+            InputError: the folder holds a run with other settings or later steps than ``source``, the state
+                of an earlier version, or is a file.
             CheckpointError: the state is damaged or of another model.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file, wanted a folder for the run")
-        if not self.state_path.exists():
+        if (self.folder / OLD_STATE).exists():
+            raise InputError(
+                f"{self.folder} holds a {OLD_STATE}, the state of a version that kept no {CHECKPOINTS}/: "
+                "give another --out, or finish the run with that version"
+            )
+        self.checkpoints.remove_leftovers()
+        path = self.checkpoints.latest() if source == "auto" else Path(source)
+        if path is None:
             return 0
-        check_settings(self.folder, read_run_state(self.state_path).config, self.settings)
-        return load_run_state(self.state_path, **self.parts).step
+        check_settings(self.folder if source == "auto" else path, read_state(path).settings, self.settings)
+        if source != "auto":
+            self._check_later(path)
+        state = self.checkpoints.load(path, self.parts)
+        self.extra = state.extra
+        return state.step
 
     def save(self, step: int, extra: dict[str, Any] | None = None) -> None:
-        """Write the state after ``step`` steps; the previous one stays until the new one is whole."""
-        state = RunState(step, config=self.settings, extra=extra or {})
-        save_run_state(self.state_path, state, **self.parts)
+        """Write the state after ``step`` steps; earlier ones stay until the new one is whole."""
+        self.checkpoints.save(step, self.settings, self.parts, extra)
+
+    def _check_later(self, path: Path) -> None:
+        """Refuse to leave checkpoints that the next "auto" would take for what comes after ``path``."""
+        mine = self.checkpoints.all()
+        names = [other.name for other in mine]
+        inside = path.resolve().parent == self.checkpoints.folder.resolve() and path.name in names
+        later = names[names.index(path.name) + 1 :] if inside else names
+        if later:
+            raise InputError(
+                f"{self.checkpoints.folder} holds {', '.join(later)}, which do not follow from {path}: "
+                "give another --out, or move them away"
+            )
 
 
 def check_settings(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,123 +1,114 @@
-"""The state of a training run in one safetensors file, with no pickle: what a resumed run needs.
+"""The state of a training run as one flat dict of tensors, and the plain values that belong to it.
 
-Tensors: ``<part>.<key>`` for every part given (``model``, ``optimizer``, ``ema``, ...). An optimiser's
-tensors are ``optimizer.<parameter index>.<name>``. Everything else is JSON in the file's metadata.
+``<part>.<key>`` for modules and averages, ``<optimizer>.<parameter name>.<exp_avg, step, ...>`` for
+optimizers: names of the model and not numbers, so that one process, DDP and FSDP2 have the same ones.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mage_fast.errors import CheckpointError
-from mage_fast.files import atomic_path
 from mage_fast.training.optim import Ema
 
-FORMAT = "mage_fast.run_state"
-VERSION = 1
-
+#: What a state is made of. Modules themselves, not their DDP wrappers, which would change the names.
 Part = nn.Module | torch.optim.Optimizer | Ema
+Parts = Mapping[str, Part]
+#: What is known of saved tensors before they are read.
+Saved = Mapping[str, tuple[torch.Size, torch.dtype]]
+
+#: Options that say how an optimizer computes here, not what: they stay those of the live one.
+_MEANS = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run state says beside its tensors. ``step`` and ``epoch`` are the next ones to run."""
+    """What a state says beside its tensors: steps done, the run's settings, the recipe's own values."""
 
     step: int
-    epoch: int = 0
-    config: dict[str, Any] = field(default_factory=dict)
-    #: Any JSON values of the recipe's own.
+    settings: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def save_run_state(path: Path | str, state: RunState, /, **parts: Part) -> None:
-    """Write a run state; ``path`` is the previous state or the whole new one at any time, also in a crash.
-
-    The new file is written beside the old one, flushed to the disk and read back (header and size) before
-    it takes the name. ``save_run_state(path, RunState(step, epoch, config), model=model, optimizer=adamw)``.
+def flatten(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The live tensors by name, not copied (FSDP2's are DTensors), and the optimizers' options as JSON.
 
     Raises:
-        CheckpointError: the file cannot be written, for instance on a full disk; the previous file stays.
+        CheckpointError: an optimizer's parameter belongs to no module among the parts.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {
-        **{"format": FORMAT, "version": VERSION, "parts": sorted(parts), "optimizers": {}},
-        **{"step": state.step, "epoch": state.epoch, "config": state.config, "extra": state.extra},
-    }
-    for name, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            found, header["optimizers"][name] = _optimizer_to_tensors(part)
-        else:
-            found = part.state_dict()
-        tensors |= {f"{name}.{key}": value.detach() for key, value in found.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file(_unshared(tensors), temporary, metadata={"mage_fast": json.dumps(header)})
-            _read_header(temporary)
-    except (OSError, safetensors.SafetensorError) as error:
-        kept = "; the previous state is still there" if path.exists() else ""
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot write {path}: {reason}{kept}") from error
+    optimizers: dict[str, Any] = {}
+    for part, value in parts.items():
+        # first of all modules, as state_dict() shards again what FSDP2 holds whole after a forward
+        if not isinstance(value, torch.optim.Optimizer):
+            tensors |= {f"{part}.{key}": tensor.detach() for key, tensor in value.state_dict().items()}
+    for part, value in parts.items():
+        if isinstance(value, torch.optim.Optimizer):
+            names = _parameter_names(part, value, parts)
+            optimizers[part] = [
+                {
+                    **{k: _plain(v) for k, v in group.items() if k not in _MEANS},
+                    **{"params": [names[parameter] for parameter in group["params"]]},
+                }
+                for group in value.param_groups
+            ]
+            for parameter, name in names.items():
+                for key, tensor in value.state.get(parameter, {}).items():
+                    if tensor is not None:
+                        tensors[f"{part}.{name}.{key}"] = tensor.detach()
+    return tensors, optimizers
 
 
-def read_run_state(path: Path | str) -> RunState:
-    """The metadata alone, for instance to build the model from ``config``.
+def fit(
+    where: str, parts: Parts, saved: Saved, optimizers: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """Where to write a saved state: the live tensors by name, and what to call when they are written.
 
-    Raises:
-        CheckpointError: missing, truncated, not a run state, an unknown version.
-    """
-    header = _read_header(Path(path))
-    return RunState(header["step"], header["epoch"], header["config"], header["extra"])
+    States that an optimizer makes at its first step are made here. Nothing changes before that call, which
+    gives them and the options to the optimizers.
 
-
-def read_part(path: Path | str, part: str = "model") -> dict[str, Tensor]:
-    """The tensors of one part by their own keys, for instance to generate from a training run.
-
-    Raises:
-        CheckpointError: as :func:`read_run_state`, or no such part.
-    """
-    header = _read_header(Path(path))
-    if part not in header["parts"]:
-        raise CheckpointError(f"{path} has no part {part!r}, it has {', '.join(header['parts'])}")
-    with safetensors.safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(f"{part}.")]  # noqa: SIM118 (not a mapping)
-        return {key.removeprefix(f"{part}."): file.get_tensor(key) for key in keys}
-
-
-def load_run_state(path: Path | str, /, **parts: Part) -> RunState:
-    """Load every part, strictly: all are checked before the first one changes.
+    Args:
+        where: begins messages.
+        parts: as :func:`flatten`.
+        saved: shape and dtype of every saved tensor.
+        optimizers: as :func:`flatten` gave them.
 
     Raises:
-        CheckpointError: as :func:`read_run_state`; parts, keys or shapes that differ, by name.
+        CheckpointError: names, shapes, dtypes or parameter groups that differ.
     """
-    header = _read_header(Path(path))
-    if sorted(parts) != header["parts"]:
-        raise CheckpointError(
-            f"{path} has the parts {', '.join(header['parts'])}, wanted {', '.join(sorted(parts))}"
-        )
-    loads: list[tuple[Part, dict[str, Any]]] = []
-    for name in sorted(parts, key=lambda name: not isinstance(parts[name], nn.Module)):
-        part, found = parts[name], read_part(path, name)
-        if isinstance(part, torch.optim.Optimizer):
-            saved = header["optimizers"][name]
-            loads.append((part, _optimizer_from_tensors(f"{path}: {name}", part, found, saved)))
-        else:
-            _check(f"{path}: {name}", found, part.state_dict())
-            loads.append((part, found))
-    for part, values in loads:
-        part.load_state_dict(values)
-    return RunState(header["step"], header["epoch"], header["config"], header["extra"])
+    tensors, live = flatten(parts)
+    prefixes = tuple(f"{part}." for part in live)
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(prefixes)}
+    _check(where, {key: value for key, value in saved.items() if not key.startswith(prefixes)}, tensors)
+    states: dict[str, dict[Tensor, dict[str, Tensor]]] = {}
+    for part, groups in live.items():
+        optimizer = parts[part]
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        _check_groups(f"{where}: {part}", optimizers[part], groups)
+        states[part] = _optimizer_states(where, part, optimizer, groups, saved)
+        names = _parameter_names(part, optimizer, parts)
+        for parameter, values in states[part].items():
+            tensors |= {f"{part}.{names[parameter]}.{key}": value for key, value in values.items()}
+    _check(where, saved, tensors)
+
+    def finish() -> None:
+        for part, state in states.items():
+            optimizer = parts[part]
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            for parameter in _parameter_names(part, optimizer, parts):
+                optimizer.state.pop(parameter, None)
+                if parameter in state:
+                    optimizer.state[parameter] = state[parameter]
+            for group, options in zip(optimizer.param_groups, optimizers[part], strict=True):
+                _set_options(group, options)
+
+    return {key: value.detach() for key, value in tensors.items()}, finish
 
 
 def module_fingerprint(module: nn.Module) -> str:
@@ -129,25 +120,66 @@ def module_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} is truncated or not safetensors: {error}") from error
-    try:
-        header = json.loads(metadata["mage_fast"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} is not the state of a training run") from error
-    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-        got = (header.get("format"), header.get("version"))
-        raise CheckpointError(f"checkpoint {path} is {got}, wanted {(FORMAT, VERSION)}")
-    return header
+def _parameter_names(part: str, optimizer: torch.optim.Optimizer, parts: Parts) -> dict[Tensor, str]:
+    """The optimizer's parameters in its order, each with the name it has in its module."""
+    modules = [module for module in parts.values() if isinstance(module, nn.Module)]
+    known: dict[Tensor, str] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            known.setdefault(parameter, name)
+    wanted = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = {parameter: known[parameter] for parameter in wanted if parameter in known}
+    if len(set(names.values())) < len(wanted):
+        raise CheckpointError(
+            f"{part} has {len(wanted)} parameters, {len(set(names.values()))} of which have a name of their "
+            "own: wanted an optimizer of one module that is a part of the state"
+        )
+    return names
 
 
-def _check(where: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _optimizer_states(
+    where: str, part: str, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], saved: Saved
+) -> dict[Tensor, dict[str, Tensor]]:
+    """For each parameter the states that were saved: the live tensors, or new ones."""
+    named = {
+        name: (parameter, group)
+        for group, names in zip(optimizer.param_groups, groups, strict=True)
+        for parameter, name in zip(group["params"], names["params"], strict=True)
+    }
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for full, (shape, dtype) in saved.items():
+        name, _, key = full.removeprefix(f"{part}.").rpartition(".")
+        if not full.startswith(f"{part}.") or name not in named:
+            continue
+        parameter, group = named[name]
+        value = optimizer.state.get(parameter, {}).get(key)
+        if value is None:
+            if key == "step":
+                on_device = group.get("capturable") or group.get("fused")
+                value = torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
+            elif shape == parameter.shape:
+                # The parameter's own strides (channels_last): fused kernels walk all of them in memory order.
+                value = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            else:
+                raise CheckpointError(
+                    f"{where}: {full} has shape {tuple(shape)}, wanted {tuple(parameter.shape)}"
+                )
+        states.setdefault(parameter, {})[key] = value
+    return states
+
+
+def _check_groups(where: str, got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    sizes = [[len(group["params"]) for group in groups] for groups in (got, wanted)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(f"{where} has parameter groups of {sizes[0]} tensors, wanted {sizes[1]}")
+    for number, groups in enumerate(zip(got, wanted, strict=True)):
+        ours, theirs = (group["params"] for group in groups)
+        if sorted(ours) != sorted(theirs):
+            differing = sorted(set(ours) - set(theirs))[0], sorted(set(theirs) - set(ours))[0]
+            raise CheckpointError(f"{where} has {differing[0]} in group {number}, wanted {differing[1]}")
+
+
+def _check(where: str, got: Saved, wanted: Mapping[str, Tensor]) -> None:
     for what, keys in (
         ("lacks", wanted.keys() - got.keys()),
         ("has the unknown", got.keys() - wanted.keys()),
@@ -156,66 +188,22 @@ def _check(where: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
             shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise CheckpointError(f"{where} {what} {shown}")
     for key, value in wanted.items():
-        if got[key].shape != value.shape:
-            raise CheckpointError(
-                f"{where}.{key} has shape {tuple(got[key].shape)}, wanted {tuple(value.shape)}"
-            )
-        if got[key].dtype != value.dtype:
-            raise CheckpointError(f"{where}.{key} is {got[key].dtype}, wanted {value.dtype}")
+        shape, dtype = got[key]
+        if shape != value.shape:
+            raise CheckpointError(f"{where}: {key} has shape {tuple(shape)}, wanted {tuple(value.shape)}")
+        if dtype != value.dtype:
+            raise CheckpointError(f"{where}: {key} is {dtype}, wanted {value.dtype}")
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory (tied weights): safetensors refuses shared ones."""
-    seen: set[tuple[torch.device, int]] = set()
-    out = {}
-    for key, value in tensors.items():
-        value = value.contiguous()
-        storage = (value.device, value.untyped_storage().data_ptr())
-        out[key] = value.clone() if value.numel() and storage in seen else value
-        seen.add(storage)
-    return out
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
 
 
-def _optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by ``<parameter index>.<name>``; the rest (group options, plain numbers) for JSON."""
-    state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            elif value is not None:
-                scalars[f"{index}.{name}"] = value
-    groups = [
-        {k: v.item() if isinstance(v, Tensor) else v for k, v in g.items()} for g in state["param_groups"]
-    ]
-    return tensors, {"groups": groups, "scalars": scalars}
-
-
-@torch.no_grad()
-def _optimizer_from_tensors(
-    where: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
-) -> dict[str, Any]:
-    """An optimizer.load_state_dict argument, checked against the optimiser's parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    got = [len(group["params"]) for group in saved["groups"]]
-    wanted = [len(group["params"]) for group in optimizer.param_groups]
-    if got != wanted:
-        raise CheckpointError(f"{where} has parameter groups of {got} tensors, wanted {wanted}")
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | saved["scalars"]).items():
-        index, _, name = key.partition(".")
-        if isinstance(value, Tensor) and value.ndim:
-            parameter = parameters[int(index)]
-            if value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{where}.{key} has shape {tuple(value.shape)}, wanted {tuple(parameter.shape)}"
-                )
-            # The parameter's own strides (channels_last): fused kernels walk all of them in memory order.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state.setdefault(int(index), {})[name] = value
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
-        for group in saved["groups"]
-    ]
-    return {"state": state, "param_groups": groups}
+def _set_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        if key == "params":
+            continue
+        if isinstance(group.get(key), Tensor):  # the lr of an optimizer in a CUDA graph
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(value, list) else value

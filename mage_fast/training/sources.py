@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from mage_fast.errors import InputError
 from mage_fast.training.augment import EVALUATION_RESIZE, require_size
-from mage_fast.training.images import EXTENSIONS, UnreadableImage, header_size, read_rgb
+from mage_fast.training.images import EXTENSIONS, UnreadableImage, header_size, read_file, read_rgb
 from mage_fast.training.token_cache import TokenCache
 
 Split = Literal["train", "test", "all"]
@@ -42,6 +43,8 @@ class Source:
     resize_ratio = EVALUATION_RESIZE
     #: Pixels along a side of the inputs to be made.
     image_size = 256
+    #: Images with a shorter side are skipped as damaged files are.
+    min_side = 1
 
     def __init__(self, spec: str, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:
         self.spec = spec
@@ -61,16 +64,27 @@ class Source:
         """What messages call item ``index``."""
         return f"{self.spec}[{index}]"
 
+    def encoded(self, index: int) -> bytes:
+        """The content of the image file of item ``index``.
+
+        Raises:
+            UnreadableImage: it cannot be read.
+        """
+        raise NotImplementedError(f"{self.spec} holds no image files")
+
     def image(self, index: int) -> Image.Image:
         """Item ``index`` in RGB.
 
         Raises:
-            UnreadableImage: its file is damaged.
+            UnreadableImage: its file is damaged, or the image smaller than ``min_side``.
         """
-        raise NotImplementedError(f"{self.spec} holds {self.kind}")
+        image = read_rgb(BytesIO(self.encoded(index)))
+        if min(image.size) < self.min_side:
+            raise UnreadableImage(f"{image.width} x {image.height} pixels, min_side is {self.min_side}")
+        return image
 
-    def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        """Ids [B, L], uint16 or int32, of the view that ``epoch`` shows."""
+    def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
+        """Ids [B, L], uint16 or int32, of view ``view mod K``."""
         raise NotImplementedError(f"{self.spec} holds {self.kind}")
 
     def require_size(self, crop: int) -> None:
@@ -79,6 +93,18 @@ class Source:
         Raises:
             InputError: an image is smaller; the message names it.
         """
+
+    def require_views(self, views: int) -> None:
+        """Check before training that an item has so many different views.
+
+        Raises:
+            InputError: a token cache has fewer.
+        """
+
+    @property
+    def bad_count(self) -> int:
+        """Files skipped so far, as far as this process has seen them."""
+        return len(self.bad_files)
 
     def report_bad(self, name: str, reason: str) -> None:
         """Note a skipped file. The first ones are logged, one line each; ``bad_files`` names all."""
@@ -90,8 +116,13 @@ class Source:
                 log.warning("skipped more files of %s, which are counted and not named here", self.spec)
 
 
+def summary_of_bad_files(names: Collection[str], first: int = 5) -> str:
+    """Count and first names of skipped files, as of the ``bad_files`` of all processes together."""
+    return f"{len(names)} files in all: {', '.join([*names][:first])}{', ...' if len(names) > first else ''}"
+
+
 def split_indices(
-    labels: np.ndarray, names: Sequence[str], split: Split, test_fraction: float = TEST_FRACTION
+    labels: np.ndarray, names: Iterable[str], split: Split, test_fraction: float = TEST_FRACTION
 ) -> np.ndarray:
     """Indices of a fixed, stratified split, ascending.
 
@@ -100,12 +131,11 @@ def split_indices(
     """
     if split == "all":
         return np.arange(len(labels))
+    digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names)
+    hashed = np.fromiter((int.from_bytes(digest[:8]) for digest in digests), np.uint64, len(labels))
+    order = np.lexsort((hashed, labels))
     is_test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = sorted(
-            np.flatnonzero(labels == label).tolist(),
-            key=lambda index: hashlib.sha256(names[index].encode(errors="surrogateescape")).digest(),
-        )
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
         is_test[members[: round(len(members) * test_fraction)]] = True
     return np.flatnonzero(is_test if split == "test" else ~is_test)
 
@@ -219,13 +249,10 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         return str(self.root / self._files[index])
 
-    def image(self, index: int) -> Image.Image:
+    def encoded(self, index: int) -> bytes:
         if self._escapes(self._files[index]):
             raise UnreadableImage("a link that leads out of the folder is not followed")
-        image = read_rgb(self.root / self._files[index])
-        if min(image.size) < self.min_side:
-            raise UnreadableImage(f"{image.width} x {image.height} pixels, min_side is {self.min_side}")
-        return image
+        return read_file(self.root / self._files[index])
 
     def require_size(self, crop: int) -> None:
         for index in range(len(self)):
@@ -237,7 +264,7 @@ class FolderSource(Source):
 
 
 class TokenSource(Source):
-    """A token cache (:mod:`mage_fast.training.token_cache`); epoch ``e`` shows view ``e mod K``.
+    """A token cache (:mod:`mage_fast.training.token_cache`), its K views in turn.
 
     A cache made from one split is that split; one made from everything is split as a folder is.
 
@@ -263,5 +290,11 @@ class TokenSource(Source):
             raise InputError(f"data {spec!r}: the {split} split of {len(self.cache)} items is empty")
         super().__init__(spec, self.cache.labels[self._chosen], self.cache.class_names)
 
-    def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        return self.cache.batch(self._chosen[indices], view=epoch % self.cache.views)
+    def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
+        return self.cache.batch(self._chosen[indices], view=view % self.cache.views)
+
+    def require_views(self, views: int) -> None:
+        if views > self.cache.views:
+            raise InputError(
+                f"{self.spec} has {self.cache.views} views an image, wanted at least the {views} of a batch"
+            )

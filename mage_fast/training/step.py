@@ -6,13 +6,16 @@ the device does is captured once for each of a few numbers of masked tokens, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Int, Int64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from mage_fast.errors import InputError
 from mage_fast.kernels import rng
@@ -21,10 +24,18 @@ from mage_fast.model import MAGE
 from mage_fast.training.optim import Ema, clipped_step, is_fused
 from mage_fast.training.precision import LossScale, Precision, autocast
 
-#: ``loss`` and ``gradient_norm`` (before clipping), scalars on the device.
+#: ``loss`` (and what else the model tells of it) and ``gradient_norm`` (before clipping), on the device.
 Metrics = dict[str, Tensor]
 #: Graphs a model is captured in, at most: masked rows are rounded up to a multiple of 1 / GRAPHS of all.
 GRAPHS = 8
+
+
+class MicroBatch(NamedTuple):
+    """What is computed at once; arguments as of a :class:`TrainStep`'s call."""
+
+    inputs: Tensor
+    labels_B: Int[Tensor, "B"] | None = None
+    rng_state: Int64[Tensor, "2"] | None = None
 
 
 class TrainStep:
@@ -35,10 +46,11 @@ class TrainStep:
     >>> metrics["loss"], metrics["gradient_norm"]        # device tensors; nothing waited for them
 
     After a step ``.grad`` holds the clipped gradients (with ``graph=True`` nothing); the next one sets them
-    anew.
+    anew. A step whose gradient norm is not finite changes neither parameters nor optimizer; as the norm is
+    that of the gradients of all processes, all skip it alike, and none waits to learn of it.
 
     Args:
-        model: in training mode, on its device.
+        model: in training mode, on its device; sharded by ``fully_shard``, or not.
         optimizer: of :func:`~mage_fast.training.optim.build_adamw`, or any other.
         clip_norm: largest joint norm of the gradients; None clips nothing.
         precision: ``"fp32"``, ``"bf16"`` (autocast) or ``"fp16"`` (autocast and a dynamic loss scale; the
@@ -48,11 +60,12 @@ class TrainStep:
             graph; its first step runs without, its second is captured. Set the learning rate with
             :func:`~mage_fast.training.schedule.set_lr`: it becomes a device tensor. Load states of model
             and optimizer as usual.
+        parallel: the model within ``DistributedDataParallel``, where several processes train it.
 
     Raises:
         InputError: an unknown precision, a clip_norm that is not positive, ``"fp16"`` or ``graph`` with an
-            optimizer that is not fused, ``graph`` on another device than CUDA or with
-            ``encoder_tokens="unmasked"``, whose sizes differ at each step.
+            optimizer that is not fused, ``graph`` on another device than CUDA, with several processes or
+            with ``encoder_tokens="unmasked"``, whose sizes differ at each step.
     """
 
     def __init__(
@@ -64,12 +77,16 @@ class TrainStep:
         precision: Precision = "fp32",
         ema: Ema | None = None,
         graph: bool = False,
+        parallel: DistributedDataParallel | None = None,
     ) -> None:
         device = model.head.bias.device
         _check(model, optimizer, clip_norm, precision, device.type if graph else None)
+        if graph and (parallel is not None or isinstance(model, FSDPModule)):
+            raise InputError("TrainStep: graph=True with several processes, wanted one")
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.clip_norm, self.precision, self.device = clip_norm, precision, device
         self.loss_scale = LossScale().to(device) if precision == "fp16" else None
+        self.forward: nn.Module = model if parallel is None else parallel
         self._graphs = _Graphs(self.compute, optimizer, device) if graph else None
 
     def __call__(
@@ -82,43 +99,100 @@ class TrainStep:
         """Train on a batch.
 
         Args:
-            inputs: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``, on any device.
+            inputs: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``, on any device; ``[V, B, ...]`` for V
+                views of each.
             labels_B: class labels for class-conditional training.
             rng_state: int64 ``(seed, step)`` on the CPU that governs masks and dropout; drawn by default.
 
         Raises:
             ValueError: as :meth:`mage_fast.MAGE.forward`.
         """
+        arguments = self._prepare(MicroBatch(inputs, labels_B, rng_state))
+        return (self.compute if self._graphs is None else self._graphs)(*arguments)
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
+        """Train on several micro-batches as one batch: the loss is the mean of their losses.
+
+        Each draws its own masks and dropout. Processes exchange gradients once, after the last.
+
+        Raises:
+            InputError: several micro-batches with ``graph=True``.
+            ValueError: as a call; none at all.
+        """
+        if len(micro_batches) == 1:
+            return self(*micro_batches[0][:2], rng_state=micro_batches[0].rng_state)
+        if self._graphs is not None:
+            raise InputError(f"TrainStep: {len(micro_batches)} micro-batches with graph=True, wanted 1")
+        if not micro_batches:
+            raise ValueError("TrainStep: got no micro-batch, wanted one or more")
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics: list[Metrics] = []
+        for number, micro_batch in enumerate(micro_batches, 1):
+            arguments = self._prepare(micro_batch)
+            with self._exchange(number == len(micro_batches)):
+                metrics.append(self._gradients(*arguments, share=1 / len(micro_batches)))
+        means = {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
+        return means | self._update()
+
+    def compute(
+        self, inputs: Tensor, labels_B: Tensor | None, rng_state: Tensor, counts: MaskCounts
+    ) -> Metrics:
+        """What the device does in a step; all tensors are there."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._gradients(inputs, labels_B, rng_state, counts) | self._update()
+
+    def _prepare(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor, MaskCounts]:
+        """Everything on the device, but the counts' sizes: what ``compute`` takes."""
+        inputs, labels_B, rng_state = micro_batch
+        config = self.model.config
         if rng_state is None:
             rng_state = rng.new_state()
         if rng_state.device.type != "cpu":
             raise ValueError(f"TrainStep: rng_state is on {rng_state.device}, wanted it on the CPU")
+        views = 1
+        if inputs.ndim == (5 if inputs.is_floating_point() else 3):
+            views, inputs = len(inputs), inputs.flatten(0, 1)
         if inputs.is_floating_point():
             inputs = inputs.to(self.device, non_blocking=True)
         with autocast(self.precision, self.device):
-            ids_BL = self.model.tokenize(inputs)
-        batch, length = ids_BL.shape
+            inputs = self.model.tokenize(inputs)
+        batch, length = len(inputs), config.num_tokens
         if labels_B is not None:  # checked on the CPU, where they are there
-            labels_B = self.model.class_ids(labels_B, batch) - self.model.config.codebook_size
-        counts = count_masks(self.model.config, draw_mask_ratios(self.model.config, batch, rng_state))
+            labels_B = self.model.class_ids(labels_B.repeat(views), batch) - config.codebook_size
+        counts = count_masks(config, draw_mask_ratios(config, batch, rng_state))
         if self._graphs is not None:
             counts = counts.padded(max(batch * length // GRAPHS, 1))
-        counts, rng_state = counts.to(self.device), rng_state.to(self.device, non_blocking=True)
-        run = self.compute if self._graphs is None else self._graphs
-        return run(ids_BL, labels_B, rng_state, counts)
+        return inputs, labels_B, rng_state.to(self.device, non_blocking=True), counts.to(self.device)
 
-    def compute(
-        self, ids_BL: Tensor, labels_B: Tensor | None, rng_state: Tensor, counts: MaskCounts
+    def _gradients(
+        self,
+        inputs: Tensor,
+        labels_B: Tensor | None,
+        rng_state: Tensor,
+        counts: MaskCounts,
+        share: float = 1.0,
     ) -> Metrics:
-        """What the device does in a step; all tensors are there."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Add a micro-batch's share to the gradients."""
         with autocast(self.precision, self.device):
-            loss = self.model(ids_BL, labels_B, plan=counts.plan(rng_state), rng_state=rng_state).loss
+            output = self.forward(inputs, labels_B, plan=counts.plan(rng_state), rng_state=rng_state)
+        loss = output.loss if share == 1.0 else output.loss * share
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+        return output.metrics
+
+    def _exchange(self, now: bool) -> AbstractContextManager:
+        """Whether processes exchange gradients in the next backward, or keep them."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(now)
+            self.model.set_is_last_backward(now)
+        if isinstance(self.forward, DistributedDataParallel) and not now:
+            return self.forward.no_sync()
+        return nullcontext()
+
+    def _update(self) -> Metrics:
         norm = clipped_step(self.optimizer, self.clip_norm, self.loss_scale)
         if self.ema is not None:
             self.ema.update(self.model)
-        return {"loss": loss.detach(), "gradient_norm": norm}
+        return {"gradient_norm": norm}
 
 
 class _Graphs:

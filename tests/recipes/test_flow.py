@@ -16,7 +16,7 @@ from mage_fast.cli import main
 from mage_fast.config import TokenizerConfig
 from mage_fast.errors import InputError
 from mage_fast.recipes import pretrain, tokenize, train_tokenizer
-from mage_fast.training.run_state import read_part
+from mage_fast.training.checkpoints import read_part
 from mage_fast.training.token_cache import TokenCache
 
 SIZE = TokenizerConfig(
@@ -97,7 +97,7 @@ def test_pretrain_on_an_ordinary_folder(
     for name in (
         "config.json",
         "model.safetensors",
-        "state.safetensors",
+        "checkpoints/step-000000003/state.json",
         "metrics.jsonl",
         "loss.png",
         "samples.png",
@@ -169,7 +169,9 @@ def test_pretrain_from_a_cache_resumes_to_the_bit(
             pretrain.run(settings)
     result = pretrain.run(broken)
     assert result["steps"] == 6
-    ours, theirs = (read_part(tmp_path / name / "state.safetensors") for name in ("whole", "broken"))
+    ours, theirs = (
+        read_part(tmp_path / name / "checkpoints" / "step-000000006") for name in ("whole", "broken")
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]

@@ -34,7 +34,12 @@ TINY = TokenizerConfig(
     blocks_per_level=1,
     norm_groups=2,
 )
-WRITTEN = ("config.json", "model.safetensors", "reconstructions.png", "state.safetensors", "metrics.jsonl")
+WRITTEN = ("config.json", "model.safetensors", "reconstructions.png", "metrics.jsonl")
+
+
+def state_of(out: Path) -> Path:
+    """The newest state of a run."""
+    return max((out / "checkpoints").iterdir()) / "state.safetensors"
 
 
 def tiny(out: Path, **changes: Any) -> TrainTokenizerConfig:
@@ -122,7 +127,7 @@ def test_interrupted_and_resumed_is_the_unbroken_run(
     # what does not belong to the training may change
     resumed = train_tokenizer.run(tiny(broken, **settings, log_every=2, save_every=3, workers=1))
     assert resumed == result | {"folder": str(broken)}
-    states = [read_safetensors(out / "state.safetensors") for out in (whole, broken)]
+    states = [read_safetensors(state_of(out)) for out in (whole, broken)]
     assert states[0].keys() == states[1].keys()
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
@@ -159,7 +164,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest
 def test_refuses_a_run_with_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     train_tokenizer.run(tiny(out, steps=2))
-    before = {path: path.read_bytes() for path in out.iterdir()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     never_train(monkeypatch)
     for changes, named in (
         ({"lr": 1e-3}, "lr 0.002 and not 0.001"),
@@ -168,7 +173,7 @@ def test_refuses_a_run_with_other_settings(tmp_path: Path, monkeypatch: pytest.M
     ):
         with pytest.raises(InputError, match=named):
             train_tokenizer.run(tiny(out, **({"steps": 2} | changes)))
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -219,7 +224,7 @@ def test_refuses_folders_that_are_not_its_own(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"is (nan|inf) at step"):
         train_tokenizer.run(tiny(tmp_path, lr=1e30))
-    assert not (tmp_path / "state.safetensors").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_adversarial_terms_set_in_at_their_step(tmp_path: Path) -> None:
@@ -300,7 +305,7 @@ def test_perceptual_loss_calls_the_package(tmp_path: Path, monkeypatch: pytest.M
     for line in lines:
         wanted = line["reconstruction"] + 0.25 * line["commitment"] + 0.5 * line["perceptual"]
         assert line["loss"] == pytest.approx(wanted, rel=1e-5)
-    assert not [key for key in read_safetensors(tmp_path / "state.safetensors") if "scale" in key]
+    assert not [key for key in read_safetensors(state_of(tmp_path)) if "scale" in key]
 
 
 def test_a_folder_of_mixed_images(tmp_path: Path) -> None:

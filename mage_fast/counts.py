@@ -10,6 +10,7 @@ nothing reads) and is then given credit for those it saved.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
 import torch
@@ -19,8 +20,6 @@ from mage_fast import reference
 from mage_fast.config import MAGEConfig, TokenizerConfig
 
 Counted = Literal["needed", "release"]
-#: Mean of the paper's law of the mask ratio.
-MEAN_MASK_RATIO = 0.694
 
 
 def linear(rows: float, inputs: int, outputs: int) -> float:
@@ -44,10 +43,36 @@ def forward(config: MAGEConfig, kept: int, head_rows: float, classes: int) -> fl
     return flops + linear(head_rows, config.encoder_width, classes)
 
 
+def mean_mask_ratio(config: MAGEConfig) -> float:
+    """Mean of the law of the mask ratio, a truncated normal; 0.694 in the paper.
+
+    Equivalent SciPy: ``truncnorm.mean((min - mode) / std, (max - mode) / std, mode, std)``.
+    """
+    mode, std = config.mask_ratio_mode, config.mask_ratio_std
+    low, high = config.mask_ratio_min, config.mask_ratio_max
+    if std == 0.0:
+        return mode
+    if low > mode:  # mirrored, since erfc is exact far above 0, not far below
+        mode, low, high, mirrored = -mode, -high, -low, -1.0
+    else:
+        mirrored = 1.0
+    a, b = (mode - low) / std, (mode - high) / std
+    mass = 0.5 * (math.erfc(b / math.sqrt(2)) - math.erfc(a / math.sqrt(2)))
+    densities = (math.exp(-a * a / 2) - math.exp(-b * b / 2)) / math.sqrt(2 * math.pi)
+    mean = mode + std * densities / mass if mass else mode
+    return mirrored * min(max(mean, low), high)  # without a mass all lies at the bound beside the mode
+
+
+def masked(config: MAGEConfig) -> int:
+    """Masked tokens of an image, at the mean of the law."""
+    return round(config.num_tokens * mean_mask_ratio(config))
+
+
 def training(config: MAGEConfig, counted: Counted = "needed") -> float:
     """One image of a training step from ids: forward, and twice that backward."""
-    kept = config.num_tokens + 1 - round(config.num_tokens * config.drop_ratio)
-    rows, classes = round(config.num_tokens * MEAN_MASK_RATIO), config.codebook_size
+    rows, classes = masked(config), config.codebook_size
+    dropped = rows if config.encoder_tokens == "unmasked" else round(config.num_tokens * config.drop_ratio)
+    kept = config.num_tokens + 1 - dropped
     if counted == "release":
         rows, classes = config.num_tokens + 1, config.vocabulary_size
     # the tied weight of the last product gets no gradient

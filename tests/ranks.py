@@ -1,0 +1,36 @@
+"""Functions run by several processes of one group, on the CPU, as torchrun's processes would run them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mage_fast.training.distributed import Processes
+from mage_fast.training.processes import in_processes
+
+
+def in_ranks(count: int, meeting: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(processes, *arguments)`` in ``count`` ranks; what each returned. ``meeting``: a new file."""
+    calls = [(function, rank, count, str(meeting), arguments) for rank in range(count)]
+    return [torch.load(io.BytesIO(found)) for found in in_processes(_rank, calls)]
+
+
+def _rank(function: Callable[..., Any], rank: int, count: int, meeting: str, arguments: tuple) -> bytes:
+    torch.set_num_threads(1)
+    store = dist.FileStore(meeting, count)
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group("gloo", store=group, rank=rank, world_size=count, timeout=timedelta(minutes=5))
+    processes = Processes(rank, count, store=dist.PrefixStore("words", store))
+    try:
+        with processes.naming_the_lost():
+            found = io.BytesIO()  # tensors themselves would be shared with a process that ends
+            torch.save(function(processes, *arguments), found)
+            return found.getvalue()
+    finally:
+        dist.destroy_process_group()
