@@ -1,230 +1,322 @@
-"""``mage-fast pretrain``: the paper's pre-training (section 4.1) on images or cached tokens."""
+"""``mage-fast pretrain``: the paper's pre-training (section 4.1), on one device or many."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
 
 import torch
 
+from mage_fast.config import MAGEConfig
+from mage_fast.contrastive import MAGEC
 from mage_fast.errors import InputError
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
 from mage_fast.recipes.loading import load_tokenizer, preset
-from mage_fast.recipes.pictures import loss_curve, read_metrics, write_grid
+from mage_fast.recipes.pictures import curves, loss_curve, read_metrics, write_grid
+from mage_fast.recipes.pretrain_config import (
+    FREE,
+    RECIPES,
+    CheckpointChoices,
+    ContrastiveChoices,
+    ModelChoices,
+    PretrainConfig,
+    ProcessChoices,
+    Recipe,
+    WatchChoices,
+)
 from mage_fast.sampler import SamplerConfig, generate
 from mage_fast.tokenizer import VQGAN
+from mage_fast.training.checkpoints import Checkpoints
 from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
+from mage_fast.training.distributed import Processes, parallelized, torchrun_processes, whole_model
+from mage_fast.training.initialize import initialize_from
 from mage_fast.training.logs import METRICS_FILE, RunLogger
-from mage_fast.training.loop import train
+from mage_fast.training.loop import Skips, train
 from mage_fast.training.memory import keep_freed_memory
-from mage_fast.training.optim import build_adamw
-from mage_fast.training.precision import Precision
-from mage_fast.training.run import Run, pick_device
-from mage_fast.training.run_state import module_fingerprint
+from mage_fast.training.optim import Ema, build_adamw
+from mage_fast.training.precision import autocast
+from mage_fast.training.run import CHECKPOINTS, Run, pick_device
+from mage_fast.training.run_state import Part, module_fingerprint
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
-from mage_fast.training.sources import TokenSource
-from mage_fast.training.step import TrainStep
+from mage_fast.training.sources import Source, TokenSource
+from mage_fast.training.step import MicroBatch, TrainStep
+from mage_fast.training.throughput import Throughput, flops_per_image, peak_flops
+from mage_fast.training.trackers import Tracker
+from mage_fast.training.watch import OnlineProbe, Watch
+
+__all__ = [
+    "FREE",
+    "RECIPES",
+    "CheckpointChoices",
+    "ContrastiveChoices",
+    "ModelChoices",
+    "PretrainConfig",
+    "ProcessChoices",
+    "Recipe",
+    "WatchChoices",
+    "run",
+]
 
 SAMPLES = "samples.png"
-#: Settings that may change when a run goes on.
-FREE = ("tokenizer", "out", "workers", "device", "graph", "log_every", "save_every_seconds")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a preset sets where the command line does not."""
-
-    epochs: int
-    warmup_epochs: int
-    batch_size: int
-    #: For a batch of 256.
-    base_lr: float
-    augment: str
-
-
-@dataclass(frozen=True)
-class ModelChoices:
-    """What a user may choose of a model beside its size, see :class:`mage_fast.MAGEConfig`."""
-
-    #: paper: the encoder sees half of the tokens, some of them as [M]. unmasked: only unmasked tokens.
-    encoder_tokens: Literal["paper", "unmasked"] = "paper"
-    #: What stands at masked positions of the decoder's input.
-    padding: Literal["class_token", "mask_token"] = "class_token"
-    #: One mask ratio a batch (the paper) or a sample.
-    ratio_per: Literal["batch", "sample"] = "batch"
-    #: Mode of the truncated normal law of the mask ratio.
-    mask_ratio_mode: float = 0.55
-    #: Its standard deviation; 0 always masks the mode.
-    mask_ratio_std: float = 0.25
-    #: Its lower bound.
-    mask_ratio_min: float = 0.5
-    #: Its upper bound.
-    mask_ratio_max: float = 1.0
-    #: Part of the tokens the encoder does not see; at most the lowest mask ratio.
-    drop_ratio: float = 0.5
-    #: Drop probability; the preset's without (vit_b 0.1, small 0).
-    dropout: float | None = None
-    #: Part of the target spread over the codebook.
-    label_smoothing: float = 0.1
-
-
-#: vit_b and vit_l as in the paper's section 4.1.
-RECIPES = {
-    "vit_b": Recipe(1600, 80, 4096, 1.5e-4, "strong"),
-    "vit_l": Recipe(1600, 80, 2048, 1.5e-4, "strong"),
-    "vit_h": Recipe(1600, 80, 2048, 1.5e-4, "strong"),
-    "small": Recipe(70, 2, 64, 8e-3, "weak"),
-}
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Pre-train MAGE. The same command resumes a run that stopped; Ctrl-C saves it first."""
-
-    #: Where the data is: digits, folder:PATH, tokens:PATH (a token cache) or hf:NAME[:SPLIT].
-    data: str = "digits"
-    #: A tokenizer's folder, a model's folder, or a published .pth.
-    tokenizer: Path = Path("out/tokenizer")
-    #: Folder of the run: state, logs, pictures and, at the end, the model.
-    out: Path = Path("out/pretrain")
-    #: Size of the model, and the recipe for what is not given below. vit_b and vit_l are the paper's.
-    preset: Literal["vit_b", "vit_l", "vit_h", "small"] = "small"
-    #: Masking, padding and regularisation; the paper's by default.
-    model: ModelChoices = field(default_factory=ModelChoices)
-    #: Passes over the data; the preset's without (vit_b 1600, small 70).
-    epochs: int | None = None
-    #: Epochs in which the learning rate rises; the preset's without (vit_b 80, small 2).
-    warmup_epochs: int | None = None
-    #: Images a step; without, the preset's (vit_b 4096, small 64) or all there are.
-    batch_size: int | None = None
-    #: Learning rate for a batch of 256, it scales with the batch; the preset's without (vit_b 1.5e-4).
-    base_lr: float | None = None
-    #: Of matrices; biases and norms have none.
-    weight_decay: float = 0.05
-    #: Largest norm of the gradient.
-    clip_norm: float = 3.0
-    #: strong (the paper), weak, weak-no-flip, window or eval; the preset's without. Token caches have theirs.
-    augment: str | None = None
-    #: Of weights, order, crops, masks and dropout.
-    seed: int = 0
-    #: Processes that decode images; 0 decodes in this one.
-    workers: int = 0
-    #: auto, cpu, cuda or cuda:N.
-    device: str = "auto"
-    #: bf16 and fp16: autocast; parameters stay float32. fp16 scales the loss against underflow.
-    precision: Precision = "fp32"
-    #: On CUDA: capture the step in a few graphs and replay them, which spares the host's time.
-    graph: bool = False
-    #: Steps between logs.
-    log_every: int = 10
-    save_every_seconds: float = 600.0
-
-    def recipe(self) -> Recipe:
-        """The preset's recipe with what was given in place.
-
-        Raises:
-            InputError: numbers out of range.
-        """
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
-        changes = {name: value for name, value in given.items() if value is not None}
-        recipe = dataclasses.replace(RECIPES[self.preset], **changes)
-        if min(recipe.epochs, recipe.batch_size) < 1 or not 0 <= recipe.warmup_epochs <= recipe.epochs:
-            raise InputError(
-                f"pretrain: epochs {recipe.epochs}, warmup_epochs {recipe.warmup_epochs}, batch_size "
-                f"{recipe.batch_size}: wanted 0 <= warmup_epochs <= epochs and the others 1 or more"
-            )
-        return recipe
+#: Folder of the averaged model, in the run's.
+AVERAGE = "ema"
 
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end or to a stop; returns steps, the first and last logged loss, and the folder.
 
+    Started by torchrun, each process trains a share of each batch; the first one logs, saves and returns what
+    was said, the others return nothing.
+
     Raises:
         InputError: an unknown source, a cache of another tokenizer, a folder that holds another run.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, too many steps were skipped, a process is lost.
     """
     recipe = config.recipe()
-    device = pick_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    tokenizer = load_tokenizer(config.tokenizer, device)
-    choices = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
-    sizes = preset(config.preset, tokenizer, **choices)
-    source = open_source(config.data, image_size=tokenizer.config.image_size)
-    fingerprint = module_fingerprint(tokenizer)
-    if isinstance(source, TokenSource):
-        _check_cache(source, tokenizer, fingerprint)
-    if config.batch_size is None and len(source) < recipe.batch_size:
-        recipe = dataclasses.replace(recipe, batch_size=len(source))
-    highest_lr = scaled_lr(recipe.base_lr, recipe.batch_size)
-    steps_an_epoch = steps_per_epoch(source, recipe.batch_size)
-    total_steps, warmup_steps = steps_an_epoch * recipe.epochs, steps_an_epoch * recipe.warmup_epochs
+    with torchrun_processes(pick_device(config.device), config.processes.timeout) as processes:
+        if processes.device.type == "cpu":
+            keep_freed_memory()
+        return _Pretraining(config, recipe, processes).run()
 
-    torch.manual_seed(config.seed)
-    model = MAGE(sizes, tokenizer).to(device)
-    optimizer = build_adamw(model, highest_lr, weight_decay=config.weight_decay)
-    train_step = TrainStep(
-        model, optimizer, clip_norm=config.clip_norm, precision=config.precision, graph=config.graph
-    )
-    scaled = {} if train_step.loss_scale is None else {"loss_scale": train_step.loss_scale}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    folder = Run(
-        config.out,
-        settings
-        | dataclasses.asdict(recipe)
-        | {"model": sizes.to_dict(), "tokenizer_fingerprint": fingerprint},
-        model=model,
-        optimizer=optimizer,
-        **scaled,
-    )
-    start_step = folder.resume()
 
-    def step_fn(batch: Batch, step: int) -> dict[str, Any]:
-        lr = cosine_lr(step, total_steps=total_steps, warmup_steps=warmup_steps, base_lr=highest_lr)
-        set_lr(optimizer, lr)
-        return train_step(batch.inputs, rng_state=rng.new_state(config.seed, step)) | {"lr": lr}
+class _Pretraining:
+    """One process's part of a run."""
 
-    model.train()
-    with RunLogger(
-        config.out, total_steps, "pretrain", start_step=start_step, samples_per_step=recipe.batch_size
-    ) as logger:
-        if start_step:
-            logger.message(f"{config.out}: resumed after step {start_step} of {total_steps}")
-        result = train(
-            step_fn,
-            total_steps=total_steps,
-            batches_from=lambda step: training_batches(
-                source,
-                recipe.batch_size,
-                step=step,
-                seed=config.seed,
-                augment=recipe.augment,
-                workers=config.workers,
-                pin_memory=device.type == "cuda",
-            ),
-            save=folder.save,
-            logger=logger,
-            start_step=start_step,
-            log_every=config.log_every,
-            save_every_seconds=config.save_every_seconds,
-            # a loss scale skips steps whose gradients overflow
-            finite=("loss",) if scaled else ("loss", "gradient_norm"),
+    def __init__(self, config: PretrainConfig, recipe: Recipe, processes: Processes) -> None:
+        self.config, self.processes, device = config, processes, processes.device
+        tokenizer = load_tokenizer(config.tokenizer, device)
+        self.source = open_source(config.data, image_size=tokenizer.config.image_size)
+        fingerprint = module_fingerprint(tokenizer)
+        if isinstance(self.source, TokenSource):
+            _check_cache(self.source, tokenizer, fingerprint)
+        self.split = processes.count * config.processes.accumulate
+        if config.batch_size is None and len(self.source) < recipe.batch_size:
+            recipe = dataclasses.replace(recipe, batch_size=len(self.source) // self.split * self.split)
+        self.recipe, self.highest_lr = recipe, scaled_lr(recipe.base_lr, recipe.batch_size)
+        self.steps_an_epoch = steps_per_epoch(self.source, recipe.batch_size)
+        self.total_steps = self.steps_an_epoch * recipe.epochs
+        self.sizes = self._sizes(tokenizer)
+
+        torch.manual_seed(config.seed)
+        self.model = self._model(tokenizer).to(device)
+        if config.init is not None and config.resume == "auto" and not (config.out / CHECKPOINTS).exists():
+            initialize_from(self.model, config.init)
+        parallel = parallelized(self.model, processes, config.processes.parallel)
+        self.optimizer = build_adamw(self.model, self.highest_lr, weight_decay=config.weight_decay)
+        self.ema = None if config.ema_decay is None else Ema(self.model, config.ema_decay)
+        self.step = TrainStep(
+            self.model,
+            self.optimizer,
+            clip_norm=config.clip_norm,
+            precision=config.precision,
+            ema=self.ema,
+            graph=config.graph,
+            parallel=parallel,
         )
-    finished_before = start_step == total_steps and (config.out / SAMPLES).exists()
-    if result.step == total_steps and not finished_before:
-        _finish(model, config)
-    losses = [line["loss"] for line in read_metrics(config.out / METRICS_FILE)]
-    return {
-        "steps": result.step,
-        "total_steps": total_steps,
-        "stopped_by": result.stopped_by,
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-        "out": str(config.out),
-    }
+        parts: dict[str, Part] = {"model": self.model, "optimizer": self.optimizer}
+        parts |= {} if self.step.loss_scale is None else {"loss_scale": self.step.loss_scale}
+        parts |= {} if self.ema is None else {"ema": self.ema}
+        choices = config.checkpoints
+        self.folder = Run(
+            config.out,
+            config.settings(recipe) | {"model": self.sizes.to_dict(), "tokenizer_fingerprint": fingerprint},
+            Checkpoints(
+                config.out / CHECKPOINTS,
+                keep_last=choices.keep_last,
+                keep_every=choices.keep_every,
+                sharded=choices.sharded,
+            ),
+            **parts,
+        )
+
+    def _sizes(self, tokenizer: VQGAN) -> MAGEConfig:
+        choices = {k: v for k, v in dataclasses.asdict(self.config.model).items() if v is not None}
+        sizes = preset(self.config.preset, tokenizer, **choices)
+        if not self.config.conditional:
+            return sizes
+        if self.source.num_classes < 2:
+            raise InputError(
+                f"pretrain: conditional, but {self.source.spec} has no labels, wanted two or more"
+            )
+        return sizes.for_classes(self.source.num_classes)
+
+    def _model(self, tokenizer: VQGAN) -> MAGE:
+        choices = self.config.contrastive
+        if not choices.enabled:
+            return MAGE(self.sizes, tokenizer)
+        weights = {"contrastive_weight": choices.weight, "temperature": choices.temperature}
+        return MAGEC(self.sizes, tokenizer, **weights)
+
+    def run(self) -> dict[str, Any]:
+        config, processes = self.config, self.processes
+        tracker = None
+        if config.tracker != "none" and processes.is_main:
+            tracker = Tracker(config.tracker, config=self.folder.settings)
+        start_step = self.folder.resume(config.resume)
+        watch = self._watch()
+        self.model.train()
+        tokenizes = self.source.kind == "images"
+        views = 2 if config.contrastive.enabled else 1
+        throughput = Throughput(
+            self.recipe.batch_size,
+            flops_per_image=views * flops_per_image(self.sizes, tokenizes=tokenizes),
+            peak_flops=peak_flops(processes.device, config.precision, processes.count),
+            device=processes.device,
+        )
+        with ExitStack() as stack:
+            logger = None
+            if processes.is_main:
+                logger = stack.enter_context(
+                    RunLogger(
+                        config.out, self.total_steps, "pretrain", start_step=start_step, tracker=tracker
+                    )
+                )
+                if start_step:
+                    logger.message(self._resumed(start_step))
+            if watch is not None:
+                watch.logger = logger
+            result = train(
+                self._train_step,
+                total_steps=self.total_steps,
+                batches_from=self._batches,
+                save=lambda step: self.folder.save(step, {"micro_batches": self.split}),
+                logger=logger,
+                start_step=start_step,
+                log_every=config.log_every,
+                save_every_steps=config.checkpoints.every,
+                save_every_seconds=config.checkpoints.every_seconds,
+                skips=Skips(most_in_a_row=config.max_skipped),
+                throughput=throughput,
+                evaluation=watch,
+                processes=processes,
+            )
+        bad_files = self._bad_files()
+        finished_before = start_step == self.total_steps and (config.out / SAMPLES).exists()
+        if result.step == self.total_steps and not finished_before:
+            self._finish(watch)
+        if not processes.is_main:
+            return {"stopped_by": result.stopped_by}
+        losses = [line["loss"] for line in read_metrics(config.out / METRICS_FILE)]
+        return {
+            "steps": result.step,
+            "total_steps": self.total_steps,
+            "stopped_by": result.stopped_by,
+            "skipped_steps": result.skipped,
+            "bad_files": bad_files,
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+            "out": str(config.out),
+        }
+
+    def _train_step(self, batches: list[Batch], step: int) -> Mapping[str, Any]:
+        config, processes = self.config, self.processes
+        lr = cosine_lr(
+            step,
+            total_steps=self.total_steps,
+            warmup_steps=self.steps_an_epoch * self.recipe.warmup_epochs,
+            base_lr=self.highest_lr,
+        )
+        set_lr(self.optimizer, lr)
+        micro_batches = [
+            MicroBatch(
+                batch.inputs,
+                batch.labels if config.conditional else None,
+                rng.new_state(rng.split_seed(config.seed, processes.rank + processes.count * number), step),
+            )
+            for number, batch in enumerate(batches)
+        ]
+        return self.step.accumulate(micro_batches) | {"lr": lr}
+
+    def _batches(self, step: int) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step from one on."""
+        config = self.config
+        batches = training_batches(
+            self.source,
+            self.recipe.batch_size,
+            step=step,
+            split=self.split,
+            shares=range(self.processes.rank, self.split, self.processes.count),
+            views=2 if config.contrastive.enabled else 1,
+            seed=config.seed,
+            augment=self.recipe.augment,
+            workers=config.workers,
+            pin_memory=self.processes.device.type == "cuda",
+        )
+        try:
+            while taken := list(islice(batches, config.processes.accumulate)):
+                yield taken
+        finally:
+            batches.close()
+
+    def _resumed(self, step: int) -> str:
+        said = f"{self.config.out}: resumed after step {step} of {self.total_steps}"
+        before = self.folder.extra.get("micro_batches", self.split)
+        if before != self.split:
+            said += f"; {self.split} micro-batches a step draw other masks than the {before} before"
+        return said
+
+    def _bad_files(self) -> int:
+        """Damaged files that any process has met; each names its own."""
+        return int(self.processes.sum([float(len(self.source.bad_files))])[0])
+
+    def _watch(self) -> _Looks | None:
+        choices = self.config.watch
+        if choices.every_epochs is None:
+            return None
+        probe = None
+        if choices.probe != "none" and self.processes.is_main:
+            spec, size = choices.data or self.config.data, self.source.image_size
+            parts: list[Source] = [open_source(spec, image_size=size, split=s) for s in ("train", "test")]
+            probe = OnlineProbe(self.model, choices.probe, *parts, workers=self.config.workers)
+        labels = range(min(self.source.num_classes, 10)) if self.config.conditional else None
+        every = choices.every_epochs * self.steps_an_epoch
+        watch = Watch(self.model, self.config.out, every, columns=choices.columns, labels=labels, probe=probe)
+        return _Looks(watch, self)
+
+    def _finish(self, watch: _Looks | None) -> None:
+        """The trained model, its average, pictures of the metrics and, last, one of samples."""
+        out = self.config.out
+        with whole_model(self.model, self.processes) as model:
+            if model is not None:
+                model.eval().save_pretrained(out)
+        with whole_model(self.model, self.processes, self.ema) as model:
+            if model is None:
+                return
+            if self.ema is not None:
+                model.eval().save_pretrained(out / AVERAGE)
+            loss_curve(out / METRICS_FILE, out / "loss.png")
+            curves(out / METRICS_FILE, out / "curves.png")
+            if watch is not None:
+                watch.watch.write_progress(self.total_steps)
+            labels_B = None
+            if self.config.conditional:
+                labels_B = torch.arange(16) % self.source.num_classes
+            samples = generate(model, 16, labels_B=labels_B, config=SamplerConfig(), seed=self.config.seed)
+            write_grid(samples, out / SAMPLES)
+
+
+class _Looks:
+    """A :class:`Watch` at the averaged weights if there are any, in the first process; the others wait."""
+
+    def __init__(self, watch: Watch, training: _Pretraining) -> None:
+        self.watch, self.training = watch, training
+        self.every_steps = watch.every_steps
+        self.logger: RunLogger | None = None
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        training, precision = self.training, self.training.config.precision
+        with whole_model(training.model, training.processes, training.ema) as model:
+            if model is None:
+                return {}
+            with autocast(precision, training.processes.device):
+                found = self.watch(step, model)
+            if self.logger is not None and self.watch.columns:
+                self.logger.image("samples", step, self.watch.picture(step))
+            return found
 
 
 def _check_cache(source: TokenSource, tokenizer: VQGAN, fingerprint: str) -> None:
@@ -237,10 +329,3 @@ def _check_cache(source: TokenSource, tokenizer: VQGAN, fingerprint: str) -> Non
         raise InputError(
             f"{source.spec} has {source.cache.length} tokens an image, the tokenizer {tokenizer.grid_size**2}"
         )
-
-
-def _finish(model: MAGE, config: PretrainConfig) -> None:
-    """The trained model, a picture of the loss and, last, one of samples."""
-    model.eval().save_pretrained(config.out)
-    loss_curve(config.out / METRICS_FILE, config.out / "loss.png")
-    write_grid(generate(model, 16, config=SamplerConfig(), seed=config.seed), config.out / SAMPLES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -18,11 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mage_fast.contrastive import without_projector
 from mage_fast.errors import InputError, TrainingError
 from mage_fast.model import MAGE
+from mage_fast.training.optim import Ema
 
 #: How parameters and gradients are spread over processes: all of them everywhere, or a part in each.
 Parallel = Literal["ddp", "fsdp"]
@@ -54,9 +57,13 @@ class Processes:
         """The highest of each value over all processes; waits for them."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all processes; waits for them."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
     def mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over all processes; waits for them."""
-        return [value / self.count for value in self._reduced(values, dist.ReduceOp.SUM)]
+        return [value / self.count for value in self.sum(values)]
 
     def _reduced(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.count == 1 or not values:
@@ -210,3 +217,32 @@ def parallelized(model: MAGE, processes: Processes, how: Parallel) -> Distribute
         fully_shard([block.attention, block.mlp], mesh=mesh)  # type: ignore[list-item]
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
     return None
+
+
+@contextmanager
+def whole_model(model: MAGE, processes: Processes, ema: Ema | None = None) -> Iterator[MAGE | None]:
+    """Within the block, in the first process, a plain model with all its weights, or with their average.
+
+    The other processes get None, and wait for nothing after they gave their parts. A model that is not
+    sharded is lent itself; of a sharded one this is a copy, a :class:`MAGE` whatever was trained.
+    """
+    if not isinstance(model, FSDPModule):
+        with nullcontext() if ema is None or not processes.is_main else ema.applied_to(model):
+            yield model if processes.is_main else None
+        return
+    state = {}
+    for name, x in (model if ema is None else ema).state_dict().items():
+        if name.startswith("tokenizer."):  # lent as it is
+            continue
+        full = x.full_tensor() if isinstance(x, DTensor) else x
+        if processes.is_main:
+            state[name] = full.detach()
+    if not processes.is_main:
+        yield None
+        return
+    with torch.device("meta"):
+        plain = MAGE(model.config, model.tokenizer)
+    lacking = plain.load_state_dict(without_projector(state), strict=False, assign=True)
+    assert not lacking.unexpected_keys
+    assert all(name.startswith("tokenizer.") for name in lacking.missing_keys)
+    yield plain.train(model.training)
