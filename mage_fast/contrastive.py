@@ -235,10 +235,10 @@ class MAGEC(MAGE):
             raise ValueError(f"MAGEC: got {samples} samples, wanted two views of each image: an even number")
         if labels_B is not None and labels_B.shape == (samples // 2,):
             labels_B = labels_B.repeat(2)
-        ids_BL, class_ids_B, plan, rng_state = self._masked(
+        ids_BL, inputs, class_ids_B, plan, rng_state = self._masked(
             images_or_ids, labels_B, mask_ratios_B, plan, rng_state
         )
-        x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
+        x_TD = self.embedding(inputs, class_ids_B, plan, rng_state)
         encoded_TD = self.encoder(x_TD, plan, rng_state, all_rows=True)
         visible_VD = encoded_TD if plan.visible_V is None else encoded_TD.index_select(0, plan.visible_V)
         logits_NC = self.decode_masked(visible_VD, plan, rng_state)

@@ -1,6 +1,4 @@
-"""``mage-fast pretrain`` under torchrun: equal to one process, stopped, resumed by other numbers of processes,
-bereft of one.
-"""
+"""``mage-fast pretrain`` under torchrun: equal to one process, resumed by other numbers, bereft of one."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from mage_fast.errors import InputError
 from mage_fast.recipes import pretrain, train_tokenizer
+from mage_fast.recipes.pictures import read_metrics
 from mage_fast.recipes.pretrain import CheckpointChoices, ContrastiveChoices, ProcessChoices
 from mage_fast.training.checkpoints import read_part, read_state
 from tests.recipes.test_flow import SIZE
@@ -67,8 +66,10 @@ def torchrun(tmp_path: Path, how: str, *command: str) -> subprocess.Popen[str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(script), how, *command],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(script), how, *command),
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -112,8 +113,7 @@ def test_two_processes_equal_one(tokenizer: Path, alone: Path, tmp_path: Path) -
     result = json.loads(said)  # once, and not by each
     assert (result["steps"], result["skipped_steps"]) == (STEPS, 0)
     assert_near(last(out), last(alone))
-    logs = [[json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()] for path in (out, alone)]
-    first, wanted = (log[0] for log in logs)
+    first, wanted = (read_metrics(path / "metrics.jsonl")[0] for path in (out, alone))
     assert first["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
     assert first["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-5)
     assert (out / "samples.png").exists()
