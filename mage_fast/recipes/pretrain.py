@@ -61,7 +61,7 @@ __all__ = [
     "run",
 ]
 
-SAMPLES = "samples.png"
+SAMPLES, CURVES = "samples.png", "curves.png"
 #: Folder of the averaged model, in the run's.
 AVERAGE = "ema"
 
@@ -103,7 +103,8 @@ class _Pretraining:
 
         torch.manual_seed(config.seed)
         self.model = self._model(tokenizer).to(device)
-        if config.init is not None and config.resume == "auto" and not (config.out / CHECKPOINTS).exists():
+        starts = config.resume == "auto" and not Checkpoints(config.out / CHECKPOINTS).paths()
+        if config.init is not None and starts:
             initialize_from(self.model, config.init)
         parallel = parallelized(self.model, processes, config.processes.parallel)
         self.optimizer = build_adamw(self.model, self.highest_lr, weight_decay=config.weight_decay)
@@ -195,7 +196,8 @@ class _Pretraining:
                 processes=processes,
             )
         bad_files = self._bad_files()
-        finished_before = start_step == self.total_steps and (config.out / SAMPLES).exists()
+        last = SAMPLES if self.sizes.encoder_input == "tokens" else CURVES
+        finished_before = start_step == self.total_steps and (config.out / last).exists()
         if result.step == self.total_steps and not finished_before:
             self._finish(watch)
         if not processes.is_main:
@@ -288,10 +290,12 @@ class _Pretraining:
                 return
             if self.ema is not None:
                 model.eval().save_pretrained(out / AVERAGE)
-            loss_curve(out / METRICS_FILE, out / "loss.png")
-            curves(out / METRICS_FILE, out / "curves.png")
             if watch is not None:
                 watch.watch.write_progress(self.total_steps)
+            loss_curve(out / METRICS_FILE, out / "loss.png")
+            curves(out / METRICS_FILE, out / CURVES)
+            if self.sizes.encoder_input != "tokens":
+                return  # it reads images only, and generates none
             labels_B = None
             if self.config.conditional:
                 labels_B = torch.arange(16) % self.source.num_classes

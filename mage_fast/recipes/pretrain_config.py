@@ -31,6 +31,8 @@ class ModelChoices:
 
     #: paper: the encoder sees half of the tokens, some of them as [M]. unmasked: only unmasked tokens.
     encoder_tokens: Literal["paper", "unmasked"] = "paper"
+    #: features: the tokenizer's features before they are quantized, for images only (table 6).
+    encoder_input: Literal["tokens", "features"] = "tokens"
     #: What stands at masked positions of the decoder's input.
     padding: Literal["class_token", "mask_token"] = "class_token"
     #: One mask ratio a batch (the paper) or a sample.
