@@ -4,9 +4,9 @@
     python -m benchmarks.ablations --smoke --out out/ablations-smoke    # an epoch of each, to try the script
 
 The demo's model and recipe, over seeds 0, 1, 2, ...; of each run the Frechet distance of samples, the linear
-probe and the loss. Runs from one token cache compare with "base", runs that see images in fresh crops with
-"images". Writes ablations.json and ablations.md into --out. A run that is done is not done again, one that was
-stopped goes on.
+probe and the loss. Runs from one token cache compare with "base", runs that see images in fresh crops
+with "images". Writes ablations.json and ablations.md into --out. A run that is done is not done again, one
+that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from mage_fast.sampler import SamplerConfig, generate
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.checkpoints import Checkpoints
 from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
+from mage_fast.training.device_augment import NvImageCodec
 from mage_fast.training.distributed import Processes, parallelized, torchrun_processes, whole_model
 from mage_fast.training.initialize import initialize_from
 from mage_fast.training.logs import METRICS_FILE, RunLogger
@@ -93,6 +94,7 @@ class _Pretraining:
         fingerprint = module_fingerprint(tokenizer)
         if isinstance(self.source, TokenSource):
             _check_cache(self.source, tokenizer, fingerprint)
+        self.decoder = None if config.decode == "cpu" else NvImageCodec(device)
         self.split = processes.count * config.processes.accumulate
         if config.batch_size is None and len(self.source) < recipe.batch_size:
             recipe = dataclasses.replace(recipe, batch_size=len(self.source) // self.split * self.split)
@@ -247,6 +249,7 @@ class _Pretraining:
             augment=self.recipe.augment,
             workers=config.workers,
             pin_memory=self.processes.device.type == "cuda",
+            decoder=self.decoder,
         )
         try:
             while taken := list(islice(batches, config.processes.accumulate)):

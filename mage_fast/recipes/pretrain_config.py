@@ -157,6 +157,8 @@ class PretrainConfig:
     seed: int = 0
     #: Processes that decode images for each training process; 0 decodes in this one.
     workers: int = 0
+    #: gpu: JPEG files are decoded, cropped and resized on the GPU (the extra gpu-decode), not in the workers.
+    decode: Literal["cpu", "gpu"] = "cpu"
     #: auto, cpu, cuda or cuda:N.
     device: str = "auto"
     #: bf16 and fp16: autocast; parameters stay float32. fp16 scales the loss against underflow.
@@ -212,6 +214,6 @@ class PretrainConfig:
 
 #: Settings that may change when a run goes on. Another number of micro-batches draws other masks.
 FREE = (
-    *("tokenizer", "out", "workers", "device", "graph", "processes", "max_skipped", "checkpoints", "resume"),
-    *("log_every", "tracker", "watch"),
+    *("tokenizer", "out", "workers", "decode", "device", "graph", "processes", "max_skipped"),
+    *("checkpoints", "resume", "log_every", "tracker", "watch"),
 )
