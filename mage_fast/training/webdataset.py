@@ -114,7 +114,11 @@ class WebDatasetSource(Source):
         """Append the samples of a shard to the columns."""
         rows: dict[str, int] = {}
         images, labels, names = array("q"), array("q"), []
-        with open(path, "rb") as file:
+        try:
+            opened = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        with opened as file:
             self._reader.sizes[number] = os.fstat(file.fileno()).st_size
             for member in members(path, file):
                 folder, _, own_name = member.name.rpartition("/")

@@ -259,6 +259,15 @@ def test_no_damage_gets_past_the_refusals(
             source.image(index)
 
 
+def test_a_shard_that_cannot_be_opened_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError, match=r"part-000\.tar cannot be read: Permission denied"):
+        open_source(f"webdataset:{shards}")
+
+
 def test_braces_expand_as_in_a_shell() -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{8..10}") == ["8", "9", "10"]
