@@ -127,7 +127,7 @@ def table(quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> str:
             ("probe", "linear probe, held-out digits", "{:.1%}"),
             ("loss", "pre-training loss, last", "{:.3f}"),
         ):
-            cells = (_spread((r[key] for r in quality if r["mode"] == mode), form) for mode in MODES)
+            cells = (spread((r[key] for r in quality if r["mode"] == mode), form) for mode in MODES)
             lines.append(f"| {label} ({seeds} seeds, {epochs} epochs) | {' | '.join(cells)} |")
     for name in dict.fromkeys(r["name"] for r in speed):
         of = {r["mode"]: r for r in speed if r["name"] == name}
@@ -136,7 +136,8 @@ def table(quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: Iterable[float], form: str) -> str:
+def spread(values: Iterable[float], form: str) -> str:
+    """Mean, and the least and the greatest."""
     found = list(values)
     low, mean, high = (form.format(f(found)) for f in (min, statistics.mean, max))
     return f"{mean} ({low} to {high})"

@@ -96,14 +96,18 @@ def _unused(config: MAGEConfig) -> dict[str, Tensor]:
 
 
 def published_name(ours: str) -> str:
-    """The published name of a tensor of :class:`mage_fast.MAGE`."""
+    """The published name of a tensor of :class:`mage_fast.MAGE`.
+
+    Raises:
+        CheckpointError: a tensor that the published layout has no place for.
+    """
     if ours == "decoder.mask_token":
         return "mask_token"
     for published, prefix in _RENAMED:
         if ours.startswith(prefix):
             name = published + ours.removeprefix(prefix)
             return name if published == "vqgan." else name.replace(".attention.", ".attn.")
-    raise AssertionError(f"no published name for {ours}")
+    raise CheckpointError(f"{ours}: the published layout has no such tensor")
 
 
 def from_published(

@@ -137,6 +137,9 @@ class MAGEConfig(_Config):
     #: "paper": drop drop_ratio of the tokens, keep the other masked ones as [M]. "unmasked": the
     #: encoder sees the class token and the unmasked tokens only.
     encoder_tokens: Literal["paper", "unmasked"] = "paper"
+    #: "features": the encoder sees the tokenizer's features before they are quantized, projected linearly,
+    #: in place of token embeddings (the ablation of table 6; such a model does not generate).
+    encoder_input: Literal["tokens", "features"] = "tokens"
     #: What stands at dropped and masked positions of the decoder's input.
     padding: Literal["class_token", "mask_token"] = "class_token"
     tokenizer: TokenizerConfig | None = field(default_factory=TokenizerConfig)
@@ -190,6 +193,7 @@ class MAGEConfig(_Config):
         for name, wanted in (
             ("ratio_per", ("batch", "sample")),
             ("encoder_tokens", ("paper", "unmasked")),
+            ("encoder_input", ("tokens", "features")),
             ("padding", ("class_token", "mask_token")),
         ):
             if getattr(self, name) not in wanted:

@@ -203,17 +203,7 @@ class MAGEC(MAGE):
         Raises:
             ValueError: another number of views; what :meth:`MAGE.tokenize` raises.
         """
-        if images_or_ids.dim() == (5 if images_or_ids.is_floating_point() else 3):
-            name = "images" if images_or_ids.is_floating_point() else "ids"
-            check.shape("MAGEC", name, images_or_ids, (2, *[None] * (images_or_ids.dim() - 1)))
-            images_or_ids = images_or_ids.flatten(0, 1)
-        return super().tokenize(images_or_ids)
-
-    def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
-        """As :meth:`MAGE.class_ids`; half as many labels as samples are those of both views."""
-        if labels_B is not None and labels_B.dim() == 1 and 2 * len(labels_B) == batch:
-            labels_B = labels_B.repeat(2)
-        return super().class_ids(labels_B, batch)
+        return super().tokenize(_flattened(images_or_ids))
 
     def forward(  # type: ignore[override]
         self,
@@ -226,6 +216,8 @@ class MAGEC(MAGE):
     ) -> MAGECOutput:
         """Both training losses of two views of each image, contrasted with those of all ranks.
 
+        Where there are several ranks each of them must call, with as many images.
+
         Args:
             images_or_ids: images ``[2, N, 3, H, W]`` or ids ``[2, N, L]``, or flattened: ``[2 N, 3, H, W]``
                 or ``[2 N, L]``, all first views first.
@@ -237,14 +229,16 @@ class MAGEC(MAGE):
         Raises:
             ValueError: an odd number of samples; what :meth:`MAGE.forward` raises.
         """
-        if images_or_ids.dim() == (4 if images_or_ids.is_floating_point() else 2) and len(images_or_ids) % 2:
-            raise ValueError(
-                f"MAGEC: got {len(images_or_ids)} samples, wanted two views of each image: an even number"
-            )
-        ids_BL, class_ids_B, plan, rng_state = self._masked(
+        images_or_ids = _flattened(images_or_ids)
+        samples = images_or_ids.shape[0] if images_or_ids.dim() else 1
+        if samples % 2:
+            raise ValueError(f"MAGEC: got {samples} samples, wanted two views of each image: an even number")
+        if labels_B is not None and labels_B.shape == (samples // 2,):
+            labels_B = labels_B.repeat(2)
+        ids_BL, inputs, class_ids_B, plan, rng_state = self._masked(
             images_or_ids, labels_B, mask_ratios_B, plan, rng_state
         )
-        x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
+        x_TD = self.embedding(inputs, class_ids_B, plan, rng_state)
         encoded_TD = self.encoder(x_TD, plan, rng_state, all_rows=True)
         visible_VD = encoded_TD if plan.visible_V is None else encoded_TD.index_select(0, plan.visible_V)
         logits_NC = self.decode_masked(visible_VD, plan, rng_state)
@@ -264,6 +258,15 @@ class MAGEC(MAGE):
     def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> MAGE:  # type: ignore[override]
         """The plain MAGE that :meth:`save_pretrained` wrote, see :meth:`MAGE.from_pretrained`."""
         return MAGE.from_pretrained(path, tokenizer)
+
+
+def _flattened(images_or_ids: Tensor) -> Tensor:
+    """Views ``[2, N, ...]`` one behind the other; whatever else, as it is."""
+    name, dimensions = ("images", 5) if images_or_ids.is_floating_point() else ("ids", 3)
+    if images_or_ids.dim() != dimensions:
+        return images_or_ids
+    check.shape("MAGEC", name, images_or_ids, (2, *[None] * (dimensions - 1)))
+    return images_or_ids.flatten(0, 1)
 
 
 def _check_temperature(name: str, temperature: float) -> None:

@@ -162,11 +162,16 @@ class Decoding:
         config: settings; the published release's by default.
 
     Raises:
-        ValueError: an approximation that means nothing to this model.
+        ValueError: an approximation that means nothing to this model, or a model that sees features.
     """
 
     def __init__(self, model: MAGE, config: SamplerConfig | None = None) -> None:
         self.model, self.config = model, config or SamplerConfig()
+        if model.config.encoder_input != "tokens":
+            raise ValueError(
+                f'Decoding: encoder_input is "{model.config.encoder_input}", wanted "tokens": a model that '
+                "sees unquantized features of an image cannot see the tokens it has sampled"
+            )
         if self.config.approximation != "none" and model.config.encoder_tokens != "paper":
             raise ValueError(
                 f"Decoding: approximation is {self.config.approximation!r}, wanted 'none': this model's "

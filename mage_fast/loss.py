@@ -15,12 +15,14 @@ from mage_fast.linear import Linear, project
 class TokenHead(nn.Module):
     """Linear, erf GELU, LayerNorm (eps 1e-5), then a product with the word embeddings plus a bias.
 
-    The word embeddings are shared with the encoder's input; no gradient reaches them from here.
+    The word embeddings are shared with the encoder's input; no gradient reaches them from here, but in a
+    model that sees features, where no other would train them.
     """
 
     def __init__(self, config: MAGEConfig) -> None:
         super().__init__()
         self.codebook_size = config.codebook_size
+        self.trains_words = config.encoder_input == "features"
         self.fc = Linear(config.decoder_width, config.encoder_width)
         self.norm = nn.LayerNorm(config.encoder_width, eps=1e-5)
         self.bias = nn.Parameter(torch.zeros(1, 1, config.vocabulary_size))
@@ -31,7 +33,10 @@ class TokenHead(nn.Module):
         """Logits over the codebook's ids, which come first in the vocabulary."""
         codes = self.codebook_size
         hidden_ND = self.norm(bias_gelu(self.fc.product(x_ND), self.fc.bias))
-        return project(hidden_ND, word_weight_VD[:codes].detach(), self.bias[0, 0, :codes])
+        word_weight_CD = word_weight_VD[:codes]
+        if not self.trains_words:
+            word_weight_CD = word_weight_CD.detach()
+        return project(hidden_ND, word_weight_CD, self.bias[0, 0, :codes])
 
 
 def rows_of_tokens(index_N: Int[Tensor, "N"], length: int) -> Int[Tensor, "N"]:

@@ -7,7 +7,7 @@ encoder -> decoder -> head and loss at the masked tokens.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -17,13 +17,13 @@ from mage_fast import storage
 from mage_fast.conditioning import drop_labels
 from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
-from mage_fast.embedding import TokenEmbedding
+from mage_fast.embedding import TokenEmbedding, feature_size
 from mage_fast.encoder import Encoder
 from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.loss import TokenHead, reconstruction_loss, rows_of_tokens
 from mage_fast.masking import check_mask_ratios, draw_mask_ratios, draw_plan
-from mage_fast.tokenizer import VQGAN, Tokenizer
+from mage_fast.tokenizer import VQGAN, FeatureTokenizer, Tokenizer
 
 #: What token ids may come as; caches of tokens are often 16 bits wide.
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
@@ -61,7 +61,7 @@ class MAGE(nn.Module):
     def __init__(self, config: MAGEConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TokenEmbedding(config)
+        self.embedding = TokenEmbedding(config, feature_size(config, tokenizer))
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.head = TokenHead(config)
@@ -108,6 +108,27 @@ class MAGE(nn.Module):
                 raise ValueError("MAGE: got images, but this model has no tokenizer; give ids [B, L]")
             with torch.no_grad():
                 ids_BL = self.tokenizer.encode(images_or_ids)
+        return self._checked_ids(ids_BL)
+
+    def _encoder_inputs(self, images_or_ids: Tensor) -> tuple[Int64[Tensor, "B L"], Tensor]:
+        """Ids, and what the encoder sees of them: the same, or the features ``[B, L, C]`` of images."""
+        if self.config.encoder_input == "tokens":
+            ids_BL = self.tokenize(images_or_ids)
+            return ids_BL, ids_BL
+        if not images_or_ids.is_floating_point():
+            raise ValueError(
+                'MAGE: got ids, wanted images [B, 3, H, W]: this model\'s encoder_input is "features", what '
+                "the tokenizer computes before it quantizes"
+            )
+        tokenizer = cast(FeatureTokenizer, self.tokenizer)
+        with torch.no_grad():
+            ids_BL, features_BLC = tokenizer.encode_with_features(images_or_ids)
+        ids_BL = self._checked_ids(ids_BL)
+        check.shape("MAGE", "features", features_BLC, (*ids_BL.shape, tokenizer.feature_size))
+        bias = self.head.bias
+        return ids_BL, features_BLC.to(bias.device, bias.dtype, non_blocking=True)
+
+    def _checked_ids(self, ids_BL: Tensor) -> Int64[Tensor, "B L"]:
         check.dtype("MAGE", "ids", ids_BL, _ID_DTYPES)
         check.shape("MAGE", "ids", ids_BL, (None, self.config.num_tokens))
         ids_BL = ids_BL.to(torch.int64)
@@ -148,7 +169,8 @@ class MAGE(nn.Module):
         """The training loss of a batch.
 
         Args:
-            images_or_ids: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``.
+            images_or_ids: images ``[B, 3, H, W]`` in [0, 1], or ids ``[B, L]``; images alone where
+                ``encoder_input="features"``.
             labels_B: class labels for class-conditional training; None is unconditional. In training mode
                 ``label_dropout`` of them are replaced by the unconditional class.
             mask_ratios_B: mask ratios on the CPU; drawn from the configured law by default.
@@ -161,10 +183,10 @@ class MAGE(nn.Module):
             ValueError: images or ids of a wrong shape, ids outside the codebook, ratios outside [0, 1],
                 ratios beside a plan.
         """
-        ids_BL, class_ids_B, plan, rng_state = self._masked(
+        ids_BL, inputs, class_ids_B, plan, rng_state = self._masked(
             images_or_ids, labels_B, mask_ratios_B, plan, rng_state
         )
-        logits_NC = self.masked_logits(ids_BL, class_ids_B, plan, rng_state)
+        logits_NC = self.masked_logits(inputs, class_ids_B, plan, rng_state)
         loss = reconstruction_loss(logits_NC, ids_BL, plan.masked_index_N, self.config.label_smoothing)
         return MAGEOutput(loss, logits_NC, ids_BL, plan)
 
@@ -175,9 +197,11 @@ class MAGE(nn.Module):
         mask_ratios_B: Tensor | None,
         plan: MaskPlan | None,
         rng_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor, MaskPlan, Tensor]:
-        """Arguments of a forward -> ``(ids_BL, class_ids_B, plan, rng_state)`` on the model's device."""
-        ids_BL = self.tokenize(images_or_ids)
+    ) -> tuple[Tensor, Tensor, Tensor, MaskPlan, Tensor]:
+        """Arguments of a forward -> ``(ids_BL, encoder's inputs, class_ids_B, plan, rng_state)``, on the
+        model's device.
+        """
+        ids_BL, inputs = self._encoder_inputs(images_or_ids)
         batch = ids_BL.shape[0]
         if rng_state is None:
             rng_state = rng.new_state()
@@ -197,7 +221,7 @@ class MAGE(nn.Module):
         class_ids_B = self.class_ids(labels_B, batch)
         if labels_B is not None and self.training:
             class_ids_B = drop_labels(class_ids_B, self.config, device_state)
-        return ids_BL, class_ids_B, plan, device_state
+        return ids_BL, inputs, class_ids_B, plan, device_state
 
     def _dropout_state(self, rng_state: Tensor | None) -> Tensor | None:
         """The given state on the model's device; drawn from torch's generator where dropout wants one."""
@@ -207,18 +231,18 @@ class MAGE(nn.Module):
 
     def decode_features(
         self,
-        ids_BL: Tensor,
+        inputs: Tensor,
         class_ids_B: Tensor,
         plan: MaskPlan,
         rng_state: Tensor | None,
     ) -> Float[Tensor, "R D"]:
         """Decoder output (embedding, encoder, decoder) at each position, ``[B * S, D]``."""
-        x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
+        x_TD = self.embedding(inputs, class_ids_B, plan, rng_state)
         return self.decoder(self.encoder(x_TD, plan, rng_state), plan, rng_state)
 
     def masked_logits(
         self,
-        ids_BL: Int[Tensor, "B L"],
+        inputs: Int[Tensor, "B L"] | Float[Tensor, "B L C"],
         class_ids_B: Int[Tensor, "B"],
         plan: MaskPlan,
         rng_state: Int64[Tensor, "2"] | None = None,
@@ -228,12 +252,13 @@ class MAGE(nn.Module):
         The decoder's last block and the head compute these rows only.
 
         Args:
-            ids_BL: ids of the vocabulary; which ones stand at masked tokens does not matter.
+            inputs: ids of the vocabulary, or features where ``encoder_input="features"``; which ones stand
+                at masked tokens does not matter.
             class_ids_B: ids of the first position, see :meth:`class_ids`.
             plan: what is masked, and what the encoder sees.
             rng_state: int64 ``(seed, step)`` of the dropout, on the model's device.
         """
-        x_TD = self.embedding(ids_BL, class_ids_B, plan, rng_state)
+        x_TD = self.embedding(inputs, class_ids_B, plan, rng_state)
         return self.decode_masked(self.encoder(x_TD, plan, rng_state), plan, rng_state)
 
     def decode_masked(
@@ -304,12 +329,12 @@ class MAGE(nn.Module):
         block = depth - 1 if block is None else block
         if not 0 <= block < depth:
             raise ValueError(f"MAGE: block is {block}, wanted 0 <= block < {depth}")
-        ids_BL = self.tokenize(images_or_ids)
+        ids_BL, inputs = self._encoder_inputs(images_or_ids)
         batch, length = ids_BL.shape
         nothing_BL = torch.zeros(batch, length, dtype=torch.bool, device=ids_BL.device)
         plan = plan_of_mask(nothing_BL, [0] * batch)
         rng_state = self._dropout_state(rng_state)
-        x_TD = self.embedding(ids_BL, self.class_ids(None, batch), plan, rng_state)
+        x_TD = self.embedding(inputs, self.class_ids(None, batch), plan, rng_state)
         x_TD = self.encoder.block_output(x_TD, plan, block, rng_state)
         tokens_BLD = x_TD.view(batch, length + 1, -1)[:, 1:]
         return tokens_BLD.mean(1) if pool else tokens_BLD

@@ -47,6 +47,22 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class FeatureTokenizer(Tokenizer, Protocol):
+    """What a model with ``encoder_input="features"`` needs of a tokenizer beside."""
+
+    @property
+    def feature_size(self) -> int:
+        """Channels of a token's features."""
+        ...
+
+    def encode_with_features(
+        self, images_B3HW: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Int64[Tensor, "B L"], Float[Tensor, "B L C"]]:
+        """Ids as :meth:`encode` gives them, and the features they were quantized from."""
+        ...
+
+
 class Reconstruction(NamedTuple):
     """What :meth:`VQGAN.forward` returns, for the losses of tokenizer training."""
 
@@ -281,6 +297,11 @@ class VQGAN(nn.Module):
         """Tokens along one side."""
         return self.config.grid_size
 
+    @property
+    def feature_size(self) -> int:
+        """Channels of a token's features."""
+        return self.config.codebook_dim
+
     def encode_features(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """The encoder's features of RGB images in [0, 1], before quantisation, in the weights' dtype.
 
@@ -300,12 +321,16 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Int64[Tensor, "B L"]:
-        """Ids, row by row, of RGB images in [0, 1]; no gradient.
+        """Ids, row by row, of RGB images in [0, 1]; no gradient. Raises as :meth:`encode_features`."""
+        return self.encode_with_features(images_B3HW)[0]
 
-        Raises:
-            ValueError: images of another shape than (B, 3, image_size, image_size), or not floating.
-        """
-        return self.quantize.nearest(self.encode_features(images_B3HW))
+    @torch.no_grad()
+    def encode_with_features(
+        self, images_B3HW: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Int64[Tensor, "B L"], Float[Tensor, "B L C"]]:
+        """Ids, and the features before quantisation, of one pass; else as :meth:`encode`."""
+        z_BCHW = self.encode_features(images_B3HW)
+        return self.quantize.nearest(z_BCHW), z_BCHW.flatten(2).mT
 
     def decode(self, ids_BL: Int64[Tensor, "B L"]) -> Float[Tensor, "B 3 H W"]:
         """Images of ids; the range is about [0, 1], unclamped.

@@ -14,7 +14,7 @@ from mage_fast.conditioning import drop_labels
 from mage_fast.config import MAGEConfig
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.philox.reference import philox_4x32
-from mage_fast.masking import draw_plan
+from mage_fast.masking import count_masks, draw_mask_ratios, draw_plan
 from mage_fast.model import MAGE
 from mage_fast.training.optim import build_adamw
 from mage_fast.training.step import TrainStep
@@ -195,3 +195,31 @@ def test_classes_without_room_are_refused() -> None:
         ValueError, match=r"num_classes is 1000, wanted .* unconditional_class 76: config\.for"
     ):
         MAGEConfig(num_classes=1000)
+
+
+# The switches of table 5
+
+
+@pytest.mark.parametrize("std", [0.0, 0.15, 0.25, 0.5])
+@pytest.mark.parametrize("mode", [0.7, 0.6, 0.55, 0.5])
+def test_laws_of_table_5_need_two_fields(mode: float, std: float) -> None:
+    """Fixed ratios mask as many tokens at every step, whatever the bounds; others vary within them."""
+    config = MAGEConfig(mask_ratio_mode=mode, mask_ratio_std=std, ratio_per="sample", tokenizer=None)
+    counts = count_masks(config, draw_mask_ratios(config, 400, rng.new_state(1)))
+    masked = counts.num_masked_B
+    if std == 0.0:
+        assert masked.unique().tolist() == [math.ceil(mode * 256)]
+    else:
+        assert 128 <= masked.min() < masked.max() <= 256
+    assert counts.max_seqlen == 129
+    assert counts.total_kept == 400 * 129
+
+
+def test_a_ratio_below_a_half_says_what_it_needs() -> None:
+    wanted = r"drop_ratio is 0\.5, .* lowest mask ratio 0\.45 .*: give drop_ratio=0\.45, or mask more"
+    with pytest.raises(ValueError, match=wanted):
+        MAGEConfig(mask_ratio_mode=0.45, mask_ratio_std=0.0)
+    config = MAGEConfig(mask_ratio_mode=0.45, mask_ratio_std=0.0, drop_ratio=0.45)
+    counts = count_masks(config, draw_mask_ratios(config, 2, rng.new_state(1)))
+    assert counts.num_masked_B.tolist() == counts.num_dropped_B.tolist() == [116, 116]
+    assert counts.max_seqlen == 257 - 116

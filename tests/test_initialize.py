@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mage_fast import checkpoint
 from mage_fast.config import MAGEConfig
+from mage_fast.contrastive import MAGEC
 from mage_fast.errors import CheckpointError
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
@@ -106,6 +107,16 @@ def test_the_weights_go_where_the_model_is(tmp_path: Path) -> None:
     initialize_from(model, tmp_path)
     assert all(x is y for x, y in zip(parameters, model.parameters(), strict=True))
     assert torch.equal(model.encoder.norm.weight, trained.encoder.norm.weight.double())
+
+
+def test_mage_c_keeps_its_projector(tmp_path: Path) -> None:
+    trained = build(tiny())
+    trained.save_pretrained(tmp_path)
+    model = MAGEC(tiny().for_classes(12))
+    projector = model.projector[0].weight.clone()
+    initialize_from(model, tmp_path)
+    assert torch.equal(model.projector[0].weight, projector)
+    assert torch.equal(model.encoder.norm.weight, trained.encoder.norm.weight)
 
 
 # The tokenizer

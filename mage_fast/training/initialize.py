@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mage_fast import checkpoint, storage
 from mage_fast.config import MAGEConfig
+from mage_fast.contrastive import without_projector
 from mage_fast.errors import CheckpointError
 from mage_fast.model import MAGE
 
 _TOKENIZER = "tokenizer."
 #: What a checkpoint's numbers mean and its tensors' shapes do not tell.
-_SAME = ("codebook_size", "encoder_heads", "decoder_heads", "padding")
+_SAME = ("codebook_size", "encoder_heads", "decoder_heads", "padding", "encoder_input")
 #: Tensors with a row for each id of the vocabulary, and the dimension of the rows.
 _VOCABULARY = {"embedding.word_embeddings.weight": 0, "head.bias": 2}
 
@@ -31,8 +32,8 @@ def initialize_from(model: MAGE, path: str | Path) -> None:
     they learnt where both models have equally many.
 
     Args:
-        model: its masking law, its dropouts and its mode of the encoder may be others than the trained
-            model's.
+        model: not sharded yet. Its masking law, its dropouts and its mode of the encoder may be others than
+            the trained model's; a :class:`~mage_fast.contrastive.MAGEC` keeps its projector.
         path: a folder of :meth:`mage_fast.MAGE.save_pretrained`, or a published ``.pth``.
 
     Raises:
@@ -49,7 +50,9 @@ def initialize_from(model: MAGE, path: str | Path) -> None:
         if name in state and state[name].dim() > dimension:
             _check_vocabulary(name, state[name].shape[dimension], config, path)
             state[name] = state[name].index_select(dimension, rows_V)
-    storage.load_state(model, state, path)
+    mine = model.state_dict()
+    projector = {name: mine[name] for name in mine.keys() - without_projector(mine).keys()}
+    storage.load_state(model, state | projector, path)
 
 
 def _read(model: MAGE, path: str | Path) -> tuple[dict[str, Tensor], MAGEConfig]:
@@ -57,6 +60,7 @@ def _read(model: MAGE, path: str | Path) -> tuple[dict[str, Tensor], MAGEConfig]
     if not Path(path).is_dir():
         published, mine = checkpoint.load_published(path), model.config
         unseen: dict[str, Any] = {name: getattr(mine, name) for name in _SAME}
+        unseen["encoder_input"] = "tokens"  # there is no other in that layout
         if mine.tokenizer is not None:
             unseen["norm_groups"] = mine.tokenizer.norm_groups
         config = checkpoint.infer_config(published, source=path, **unseen)

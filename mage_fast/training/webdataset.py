@@ -49,6 +49,8 @@ class WebDatasetSource(Source):
             integer, two images or two labels of one sample, labels for some samples only.
     """
 
+    has_files = True
+
     def __init__(
         self, path: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1
     ) -> None:
