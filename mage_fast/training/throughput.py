@@ -120,8 +120,8 @@ class Throughput:
         return found
 
 
-def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False, views: int = 1) -> float:
-    """FLOPs of a training step for one image: matrix products of the transformer, forward and backward.
+def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
+    """FLOPs of a training step for one view of an image: matrix products of the transformer, both ways.
 
     The trained transformer counts three times its forward pass, the frozen tokenizer, where it runs in
     training, once: 161 and 129 GFLOP for ViT-B. The head counts at masked tokens over the codebook only,
@@ -130,8 +130,6 @@ def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False, views: int =
     Args:
         config: the model's.
         tokenizes: batches are images, not ids.
-        views: crops of each image that go through the model, 2 in MAGE-C; its projector, less than a
-            thousandth of the whole, is left out.
 
     Raises:
         InputError: images for a model whose configuration has no tokenizer.
@@ -141,7 +139,7 @@ def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False, views: int =
         if config.tokenizer is None:
             raise InputError("flops_per_image: the model's configuration has no tokenizer to count")
         flops += counts.tokenizer(config.tokenizer, "encode")
-    return views * flops
+    return flops
 
 
 def peak_flops(device: torch.device, precision: Precision, ranks: int = 1) -> float | None:

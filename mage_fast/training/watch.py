@@ -37,7 +37,8 @@ class OnlineProbe:
 
     All items are read and tokenized here, once, so damaged data is found before the training begins and later
     only the encoder runs. The items are the same in every run: all, or as many as are wanted, drawn by
-    a fixed generator.
+    a fixed generator. Neighbours judge a masked model more harshly than a linear layer does, and early in
+    training their accuracy may fall below the untrained model's (so it did on digits).
 
     Args:
         model: whose tokenizer is used; not kept.

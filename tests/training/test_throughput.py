@@ -124,7 +124,6 @@ def test_flops_of_vit_b() -> None:
     assert round(forward / 1e9) == 54
     assert flops_per_image(config) == 3 * forward - 2 * 178 * 768 * 1024
     assert round((flops_per_image(config, tokenizes=True) - flops_per_image(config)) / 1e9) == 129
-    assert flops_per_image(config, views=2) == 2 * flops_per_image(config)
     with pytest.raises(InputError, match="no tokenizer to count"):
         flops_per_image(config.replace(tokenizer=None), tokenizes=True)
 
