@@ -90,7 +90,8 @@ class _Pretraining:
     def __init__(self, config: PretrainConfig, recipe: Recipe, processes: Processes) -> None:
         self.config, self.processes, device = config, processes, processes.device
         tokenizer = load_tokenizer(config.tokenizer, device)
-        self.source = open_source(config.data, image_size=tokenizer.config.image_size)
+        size = tokenizer.config.image_size
+        self.source = open_source(config.data, image_size=size, split=config.split)
         fingerprint = module_fingerprint(tokenizer)
         if isinstance(self.source, TokenSource):
             _check_cache(self.source, tokenizer, fingerprint)
@@ -98,6 +99,11 @@ class _Pretraining:
         self.split = processes.count * config.processes.accumulate
         if config.batch_size is None and len(self.source) < recipe.batch_size:
             recipe = dataclasses.replace(recipe, batch_size=len(self.source) // self.split * self.split)
+        if recipe.batch_size % self.split:
+            raise InputError(
+                f"pretrain: batch_size is {recipe.batch_size}, wanted a multiple of {self.split}: "
+                f"{processes.count} processes times {config.processes.accumulate} accumulated"
+            )
         self.recipe, self.highest_lr = recipe, scaled_lr(recipe.base_lr, recipe.batch_size)
         self.steps_an_epoch = steps_per_epoch(self.source, recipe.batch_size)
         self.total_steps = self.steps_an_epoch * recipe.epochs

@@ -124,6 +124,8 @@ class PretrainConfig:
 
     #: Where the data is: digits, folder:PATH, webdataset:PATH, hf:NAME[:SPLIT], tokens:PATH (a token cache).
     data: str = "digits"
+    #: train leaves out what the data holds out, without a split of its own a fifth of it; all does not.
+    split: Literal["train", "all"] = "train"
     #: A tokenizer's folder, a model's folder, or a published .pth.
     tokenizer: Path = Path("out/tokenizer")
     #: Folder of the run: checkpoints, logs, pictures and, at the end, the model.

@@ -171,8 +171,8 @@ class FolderSource(Source):
     * ``PATH/<class>/**/*.png``: a class a sub-folder, in alphabetical order. Images that lie beside the
       sub-folders form a class of their own, ``.``, after the others.
     * ``PATH/*.png`` alone: one unlabelled class, 0.
-    * ``PATH/train/<class>`` with ``PATH/val`` or ``PATH/test``: these are the splits. Otherwise ``train``
-      and ``test`` are a fixed stratified 80 / 20 split by file name.
+    * ``PATH/train/<class>`` with ``PATH/val`` or ``PATH/test``: these are the splits, whose classes are those
+      of both. Otherwise ``train`` and ``test`` are a fixed stratified 80 / 20 split by file name.
 
     Hidden files and files of other types are ignored. A link that leads out of the folder and a linked
     sub-folder are not followed, but named in ``bad_files``, as are images smaller than ``min_side``.
@@ -202,13 +202,17 @@ class FolderSource(Source):
             wanted = {"train": ("train",), "test": (held_out,), "all": ("train", held_out)}[split]
             found = [item for part in wanted for item in self._scan(part)]
             split = "all"
+            # a class that one of the two lacks has its number in both
+            folders = [path for part in ("train", held_out) for path in (self.root / part).iterdir()]
+            classes = {x.name for x in folders if x.is_dir() and x.name[0] != "." and not x.is_symlink()}
         else:
-            found = self._scan("")
+            found, classes = self._scan(""), set()
         if not found:
             others = [*self._ignored, *self.bad_files]
             example = f"; it holds {len(others)} other files, as {others[0]}" if others else ""
             raise InputError(f"data {spec!r} holds no PNG, JPEG, WebP or BMP image{example}")
-        self.class_names = tuple(sorted({name for name, _ in found}, key=lambda name: (name == ".", name)))
+        classes |= {name for name, _ in found}
+        self.class_names = tuple(sorted(classes, key=lambda name: (name == ".", name)))
         number = {class_name: label for label, class_name in enumerate(self.class_names)}
         labels = np.array([number[class_name] for class_name, _ in found], dtype=np.int64)
         files = [file for _, file in found]

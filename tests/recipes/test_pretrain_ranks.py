@@ -155,7 +155,7 @@ def test_survivors_of_a_killed_process_stop_and_the_run_resumes(
 
 def test_bad_combinations_are_refused_before_any_work(tokenizer: Path, tmp_path: Path) -> None:
     for changes, error in (
-        ({"batch_size": 255, "processes": ProcessChoices(accumulate=2)}, "255"),
+        ({"batch_size": 255, "processes": ProcessChoices(accumulate=2)}, "255, wanted a multiple of 2"),
         (
             {"contrastive": ContrastiveChoices(enabled=True), "processes": ProcessChoices(accumulate=2)},
             "contrastive with processes.accumulate 2, wanted 1",

@@ -199,6 +199,10 @@ def test_train_and_val_folders_are_the_splits(tmp_path: Path) -> None:
     sizes = {split: len(open_source(f"folder:{tmp_path}", split=split)) for split in ("train", "test", "all")}  # type: ignore[arg-type]
     assert sizes == {"train": 6, "test": 4, "all": 10}
     assert open_source(f"folder:{tmp_path}", split="test").class_names == ("cat", "dog")
+    (tmp_path / "train" / "bee").mkdir()
+    gradient().save(tmp_path / "train" / "bee" / "0.png")
+    test = open_source(f"folder:{tmp_path}", split="test")  # which has no bee: labels are those of training
+    assert (test.class_names, test.labels.tolist()) == (("bee", "cat", "dog"), [1, 1, 2, 2])
 
 
 def test_split_is_stable_when_files_are_added() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mage_fast.contrastive import MAGEC
 from mage_fast.errors import InputError, TrainingError
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import plan_of_mask
@@ -87,33 +88,38 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
 
 
 def whole_batch() -> tuple[Tensor, Tensor]:
-    """Ids, and masks of 10 tokens in every sample, so that ranks' means count alike."""
-    ids = draw_ids(tiny(), RANKS * ROWS)
+    """Two views of images, and masks of 10 tokens in each, so that ranks' means count alike."""
+    ids = draw_ids(tiny(), 2 * RANKS * ROWS)
     order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)).argsort(1)
-    return ids, order < 10
+    return (x.unflatten(0, (2, -1)) for x in (ids, order < 10))  # type: ignore[return-value]
 
 
-def loss_and_gradients(processes: Processes, how: str) -> tuple[float, dict[str, Tensor]]:
-    model = build(tiny(dropout=0.0)).train()
-    ids, masked = (x.chunk(processes.count)[processes.rank] for x in whole_batch())
+def loss_and_gradients(processes: Processes, how: str, kind: type[MAGE]) -> tuple[float, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = kind(tiny(dropout=0.0)).train()
     forward: nn.Module = parallelized(model, processes, how) or model  # type: ignore[arg-type]
-    plan = plan_of_mask(masked, [10] * len(masked))
-    loss = forward(ids, plan=plan).loss
+    # a share of the images, with both views of each
+    ids, masked = (x.chunk(processes.count, 1)[processes.rank].flatten(0, 1) for x in whole_batch())
+    loss = forward(ids, plan=plan_of_mask(masked, [10] * len(masked))).loss
     loss.backward()
     gradients = whole({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
     return processes.mean([loss.item()])[0], gradients
 
 
-def both_losses(processes: Processes) -> list[tuple[float, dict[str, Tensor]]]:
-    return [loss_and_gradients(processes, how) for how in ("ddp", "fsdp")]
+CASES = list(itertools.product(("ddp", "fsdp"), (MAGE, MAGEC)))
+
+
+def all_losses(processes: Processes) -> list[tuple[float, dict[str, Tensor]]]:
+    return [loss_and_gradients(processes, *case) for case in CASES]
 
 
 def test_two_ranks_equal_one_forward_of_the_doubled_batch(tmp_path: Path) -> None:
-    wanted_loss, wanted = loss_and_gradients(Processes(), "ddp")
-    for found in in_ranks(RANKS, tmp_path / "meeting", both_losses):
-        for loss, gradients in found:
+    """MAGE-C's images are contrasted with those of both ranks."""
+    wanted = all_losses(Processes())
+    for found in in_ranks(RANKS, tmp_path / "meeting", all_losses):
+        for (loss, gradients), (wanted_loss, wanted_gradients) in zip(found, wanted, strict=True):
             assert loss == pytest.approx(wanted_loss, rel=1e-6)
-            torch.testing.assert_close(gradients, wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-5, atol=1e-6)
 
 
 # Steps that all skip, and what stops all
