@@ -108,6 +108,8 @@ class _Pretraining:
         self.steps_an_epoch = steps_per_epoch(self.source, recipe.batch_size)
         self.total_steps = self.steps_an_epoch * recipe.epochs
         self.sizes = self._sizes(tokenizer)
+        if self.sizes.encoder_input == "features":
+            self._check_features()
 
         torch.manual_seed(config.seed)
         self.model = self._model(tokenizer).to(device)
@@ -152,6 +154,15 @@ class _Pretraining:
                 f"pretrain: conditional, but {self.source.spec} has no labels, wanted two or more"
             )
         return sizes.for_classes(self.source.num_classes)
+
+    def _check_features(self) -> None:
+        if self.source.kind != "images":
+            raise InputError(f'pretrain: encoder_input is "features", but {self.source.spec} has tokens only')
+        if self.config.watch.every_epochs is not None:
+            raise InputError(
+                'pretrain: encoder_input is "features", which neither samples nor reads tokens: wanted no looks '
+                "(watch.every_epochs)"
+            )
 
     def _model(self, tokenizer: VQGAN) -> MAGE:
         choices = self.config.contrastive
