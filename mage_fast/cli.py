@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.flags.dev_mode:  # python -X dev -m mage_fast.cli: for whoever debugs
             raise
         return _fail(error, 2)
-    if not isinstance(config, (env.EnvConfig, bench.BenchConfig)):  # these print tables
+    tells = result.keys() - {"stopped_by"}  # the first of several processes tells for all
+    if tells and not isinstance(config, (env.EnvConfig, bench.BenchConfig)):  # these print tables
         print(json.dumps(result, indent=2))
     if result.get("stopped_by"):
         return 130

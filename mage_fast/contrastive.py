@@ -203,16 +203,7 @@ class MAGEC(MAGE):
         Raises:
             ValueError: another number of views; what :meth:`MAGE.tokenize` raises.
         """
-        return super().tokenize(_flat(images_or_ids))
-
-    def _encoder_inputs(self, images_or_ids: Tensor) -> tuple[Int64[Tensor, "B L"], Tensor]:
-        return super()._encoder_inputs(_flat(images_or_ids))
-
-    def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
-        """As :meth:`MAGE.class_ids`; half as many labels as samples are those of both views."""
-        if labels_B is not None and labels_B.dim() == 1 and 2 * len(labels_B) == batch:
-            labels_B = labels_B.repeat(2)
-        return super().class_ids(labels_B, batch)
+        return super().tokenize(_flattened(images_or_ids))
 
     def forward(  # type: ignore[override]
         self,
@@ -225,6 +216,8 @@ class MAGEC(MAGE):
     ) -> MAGECOutput:
         """Both training losses of two views of each image, contrasted with those of all ranks.
 
+        Where there are several ranks each of them must call, with as many images.
+
         Args:
             images_or_ids: images ``[2, N, 3, H, W]`` or ids ``[2, N, L]``, or flattened: ``[2 N, 3, H, W]``
                 or ``[2 N, L]``, all first views first.
@@ -236,10 +229,12 @@ class MAGEC(MAGE):
         Raises:
             ValueError: an odd number of samples; what :meth:`MAGE.forward` raises.
         """
-        if images_or_ids.dim() == (4 if images_or_ids.is_floating_point() else 2) and len(images_or_ids) % 2:
-            raise ValueError(
-                f"MAGEC: got {len(images_or_ids)} samples, wanted two views of each image: an even number"
-            )
+        images_or_ids = _flattened(images_or_ids)
+        samples = images_or_ids.shape[0] if images_or_ids.dim() else 1
+        if samples % 2:
+            raise ValueError(f"MAGEC: got {samples} samples, wanted two views of each image: an even number")
+        if labels_B is not None and labels_B.shape == (samples // 2,):
+            labels_B = labels_B.repeat(2)
         ids_BL, inputs, class_ids_B, plan, rng_state = self._masked(
             images_or_ids, labels_B, mask_ratios_B, plan, rng_state
         )
@@ -265,12 +260,12 @@ class MAGEC(MAGE):
         return MAGE.from_pretrained(path, tokenizer)
 
 
-def _flat(images_or_ids: Tensor) -> Tensor:
-    """Two views, if they are stacked, one behind the other."""
-    if images_or_ids.dim() != (5 if images_or_ids.is_floating_point() else 3):
+def _flattened(images_or_ids: Tensor) -> Tensor:
+    """Views ``[2, N, ...]`` one behind the other; whatever else, as it is."""
+    name, dimensions = ("images", 5) if images_or_ids.is_floating_point() else ("ids", 3)
+    if images_or_ids.dim() != dimensions:
         return images_or_ids
-    name = "images" if images_or_ids.is_floating_point() else "ids"
-    check.shape("MAGEC", name, images_or_ids, (2, *[None] * (images_or_ids.dim() - 1)))
+    check.shape("MAGEC", name, images_or_ids, (2, *[None] * (dimensions - 1)))
     return images_or_ids.flatten(0, 1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mage_fast.contrastive import MAGEC, without_projector
@@ -31,17 +30,9 @@ def loop(z: Tensor, positive: Tensor, temperature: float) -> Tensor:
     return (one_way(z, positive, temperature) + one_way(positive, z, temperature)) / 2
 
 
-def plain(z: Tensor, positive: Tensor, temperature: float) -> Tensor:
-    """What one would write: the whole square, for both directions."""
-    z, positive = F.normalize(z, dim=1), F.normalize(positive, dim=1)
-    logits, targets = z @ positive.T / temperature, torch.arange(len(z))
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
-
 def model(**changes: Any) -> MAGEC:
-    return build(
-        tiny(**{"dropout": 0.0} | changes), make=MAGEC, contrastive_weight=WEIGHT, temperature=TEMPERATURE
-    )
+    config = tiny(**{"dropout": 0.0, "label_dropout": 0.0} | changes)
+    return build(config, make=MAGEC, contrastive_weight=WEIGHT, temperature=TEMPERATURE)
 
 
 def plain_twin(ours: MAGEC) -> MAGE:

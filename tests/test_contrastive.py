@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mage_fast import info_nce, use_implementation
+from benchmarks import contrastive
+from benchmarks.contrastive import peak_mib, plain_info_nce
+from mage_fast import Unsupported, info_nce, use_implementation
 from mage_fast.benchmark.end_to_end import kept_bytes
 from mage_fast.contrastive import pool_tokens
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
-from tests.contrastive_oracle import loop, plain
+from tests.contrastive_oracle import loop
 from tests.models import assert_near
 
 
@@ -102,8 +106,38 @@ def test_the_square_of_logits_is_not_kept() -> None:
     z, positive = features(rows, width, dtype=torch.float32)
     nothing = torch.nn.Module()
     square = rows * rows * 4
-    assert kept_bytes(nothing, lambda: plain(z, positive, 0.2)) >= square
+    assert kept_bytes(nothing, lambda: plain_info_nce(z, positive)) >= square
     assert kept_bytes(nothing, lambda: info_nce(z, positive)) <= 12 * rows * width * 4
+
+
+def test_most_memory_at_once() -> None:
+    """One chunk of logits in C++, several squares in plain PyTorch; and known sizes are measured right."""
+    x = torch.randn(512, 512)
+    assert 1 <= peak_mib(lambda: x + 1) < 1.01
+    assert 2 <= peak_mib(lambda: (x + 1) * (x + 2)) <= 3.01
+    rows = 2560  # a square of 25 MiB
+    z, positive = features(rows, 16, dtype=torch.float32)
+
+    def gradients(function: Any) -> None:
+        torch.autograd.grad(function(z, positive), (z, positive))
+
+    assert peak_mib(lambda: gradients(plain_info_nce)) >= 3 * 25
+    try:
+        with use_implementation(linear_cross_entropy="cpp"):
+            assert peak_mib(lambda: gradients(info_nce)) <= 8 + 4  # a chunk is of 8 MiB
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+
+
+def test_the_benchmark_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["contrastive", "--smoke", "--out", str(tmp_path)])
+    contrastive.main()
+    found = json.loads((tmp_path / "contrastive.json").read_text())
+    assert [(r["images"], r["views"]) for r in found["steps"]] == [(2, 4), (4, 4), (2, 2)]
+    assert capsys.readouterr().out == (tmp_path / "contrastive.md").read_text()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["contrastive.json", "contrastive.md"]
 
 
 def test_implementations_agree() -> None:

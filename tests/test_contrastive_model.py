@@ -173,9 +173,8 @@ def test_trains_with_the_step_of_mage() -> None:
     torch.manual_seed(0)
     ours = MAGEC(config, contrastive_weight=1.0).train()
     ids = draw_ids(config, 8)
-    views = torch.where(torch.rand(2, 8, 16) < 0.2, draw_ids(config, 16, seed=2).view(2, 8, 16), ids).flatten(
-        0, 1
-    )
+    others = draw_ids(config, 16, seed=2).view(2, 8, 16)
+    views = torch.where(torch.rand(2, 8, 16) < 0.2, others, ids)
     step = TrainStep(ours, build_adamw(ours, 3e-3), precision="bf16")
     for number in range(60):
         step(views, torch.arange(8) % 4, rng_state=rng.new_state(1, number))
@@ -296,6 +295,8 @@ def test_default_mage_has_the_numbers_it_had() -> None:
     [
         (lambda m, ids: m(ids[:5]), "MAGEC: got 5 samples, wanted two views of each image"),
         (lambda m, ids: m(torch.rand(3, 3, 8, 8)), "MAGEC: got 3 samples, wanted two views"),
+        (lambda m, ids: m(ids[0]), r"MAGE: ids has shape \(16,\), wanted \(\*, 16\)"),
+        (lambda m, ids: m(ids[0, 0]), "MAGEC: got 1 samples"),
         (lambda m, ids: m(ids.view(3, 2, -1)), r"MAGEC: ids has shape \(3, 2, 16\), wanted \(2, \*, \*\)"),
         (lambda m, ids: m(torch.rand(1, 3, 3, 8, 8)), r"images has shape \(1, 3, 3, 8, 8\), wanted \(2"),
         (lambda m, ids: m(ids, torch.zeros(4).long()), r"MAGE: labels has shape \(4,\), wanted \(6,\)"),

@@ -32,6 +32,7 @@ from mage_fast.sampler import SamplerConfig, generate
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.checkpoints import Checkpoints
 from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
+from mage_fast.training.device_augment import NvImageCodec
 from mage_fast.training.distributed import Processes, parallelized, torchrun_processes, whole_model
 from mage_fast.training.initialize import initialize_from
 from mage_fast.training.logs import METRICS_FILE, RunLogger
@@ -61,7 +62,7 @@ __all__ = [
     "run",
 ]
 
-SAMPLES = "samples.png"
+SAMPLES, CURVES = "samples.png", "curves.png"
 #: Folder of the averaged model, in the run's.
 AVERAGE = "ema"
 
@@ -93,6 +94,7 @@ class _Pretraining:
         fingerprint = module_fingerprint(tokenizer)
         if isinstance(self.source, TokenSource):
             _check_cache(self.source, tokenizer, fingerprint)
+        self.decoder = None if config.decode == "cpu" else NvImageCodec(device)
         self.split = processes.count * config.processes.accumulate
         if config.batch_size is None and len(self.source) < recipe.batch_size:
             recipe = dataclasses.replace(recipe, batch_size=len(self.source) // self.split * self.split)
@@ -103,7 +105,8 @@ class _Pretraining:
 
         torch.manual_seed(config.seed)
         self.model = self._model(tokenizer).to(device)
-        if config.init is not None and config.resume == "auto" and not (config.out / CHECKPOINTS).exists():
+        starts = config.resume == "auto" and not Checkpoints(config.out / CHECKPOINTS).paths()
+        if config.init is not None and starts:
             initialize_from(self.model, config.init)
         parallel = parallelized(self.model, processes, config.processes.parallel)
         self.optimizer = build_adamw(self.model, self.highest_lr, weight_decay=config.weight_decay)
@@ -195,7 +198,8 @@ class _Pretraining:
                 processes=processes,
             )
         bad_files = self._bad_files()
-        finished_before = start_step == self.total_steps and (config.out / SAMPLES).exists()
+        last = SAMPLES if self.sizes.encoder_input == "tokens" else CURVES
+        finished_before = start_step == self.total_steps and (config.out / last).exists()
         if result.step == self.total_steps and not finished_before:
             self._finish(watch)
         if not processes.is_main:
@@ -245,6 +249,7 @@ class _Pretraining:
             augment=self.recipe.augment,
             workers=config.workers,
             pin_memory=self.processes.device.type == "cuda",
+            decoder=self.decoder,
         )
         try:
             while taken := list(islice(batches, config.processes.accumulate)):
@@ -288,10 +293,12 @@ class _Pretraining:
                 return
             if self.ema is not None:
                 model.eval().save_pretrained(out / AVERAGE)
-            loss_curve(out / METRICS_FILE, out / "loss.png")
-            curves(out / METRICS_FILE, out / "curves.png")
             if watch is not None:
                 watch.watch.write_progress(self.total_steps)
+            loss_curve(out / METRICS_FILE, out / "loss.png")
+            curves(out / METRICS_FILE, out / CURVES)
+            if self.sizes.encoder_input != "tokens":
+                return  # it reads images only, and generates none
             labels_B = None
             if self.config.conditional:
                 labels_B = torch.arange(16) % self.source.num_classes

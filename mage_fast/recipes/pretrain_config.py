@@ -31,6 +31,8 @@ class ModelChoices:
 
     #: paper: the encoder sees half of the tokens, some of them as [M]. unmasked: only unmasked tokens.
     encoder_tokens: Literal["paper", "unmasked"] = "paper"
+    #: features: the tokenizer's features before they are quantized, for images only (table 6).
+    encoder_input: Literal["tokens", "features"] = "tokens"
     #: What stands at masked positions of the decoder's input.
     padding: Literal["class_token", "mask_token"] = "class_token"
     #: One mask ratio a batch (the paper) or a sample.
@@ -155,6 +157,8 @@ class PretrainConfig:
     seed: int = 0
     #: Processes that decode images for each training process; 0 decodes in this one.
     workers: int = 0
+    #: gpu: JPEG files are decoded, cropped and resized on the GPU (the extra gpu-decode), not in the workers.
+    decode: Literal["cpu", "gpu"] = "cpu"
     #: auto, cpu, cuda or cuda:N.
     device: str = "auto"
     #: bf16 and fp16: autocast; parameters stay float32. fp16 scales the loss against underflow.
@@ -210,6 +214,6 @@ class PretrainConfig:
 
 #: Settings that may change when a run goes on. Another number of micro-batches draws other masks.
 FREE = (
-    *("tokenizer", "out", "workers", "device", "graph", "processes", "max_skipped", "checkpoints", "resume"),
-    *("log_every", "tracker", "watch"),
+    *("tokenizer", "out", "workers", "decode", "device", "graph", "processes", "max_skipped"),
+    *("checkpoints", "resume", "log_every", "tracker", "watch"),
 )

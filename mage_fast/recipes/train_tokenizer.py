@@ -192,5 +192,5 @@ def _check_folder(state: Run) -> None:
     if not nearest.is_dir():
         raise InputError(f"{nearest} is a file, wanted a folder for the run")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if (state.folder / name).exists() and not state.checkpoints.all():
+        if (state.folder / name).exists() and not state.checkpoints.paths():
             raise InputError(f"{state.folder} holds a {name} of something else: give another --out")

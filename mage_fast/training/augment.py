@@ -1,4 +1,7 @@
-"""Crops and flips, and the random numbers they read: a function of (seed, epoch, index) alone.
+"""Crops and flips, and the random numbers they read: a function of (seed, epoch, index, view) alone.
+
+Drawing a crop needs the size of an image only; what was drawn is applied here to a Pillow image, or to
+pixels on another device (:mod:`mage_fast.training.device_augment`).
 
 Neither the number of workers nor the order in which they finish changes an image, and a resumed run sees
 the crops that the unbroken run would have seen.
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -78,32 +81,58 @@ def item_generator(seed: int, epoch: int, index: int, view: int = 0) -> np.rando
     return np.random.default_rng((seed, epoch, index, view) if view else (seed, epoch, index))
 
 
-def augmented(
-    image: Image.Image,
+class Crop(NamedTuple):
+    """What was drawn for one view: the ``box`` of the image (left, top, right, bottom) becomes ``resized``
+    (width, height) pixels, the input is cut out of these at ``corner`` (left, top), and mirrored or not.
+    """
+
+    box: tuple[int, int, int, int]
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+    flip: bool
+
+
+def drawn(
+    image_size: tuple[int, int],
     size: int,
     augmentation: Augmentation,
     generator: np.random.Generator,
     *,
     default_resize_ratio: float = EVALUATION_RESIZE,
     name: str = "image",
-) -> Image.Image:
-    """An RGB image of ``size`` x ``size`` pixels.
+) -> Crop:
+    """The crop of ``size`` x ``size`` pixels of an image of ``image_size`` (width, height).
 
     Raises:
         InputError: ``resize=False`` and the image is smaller than the crop.
     """
-    if augmentation.crop == "center":
-        ratio = (augmentation.resize_ratio or default_resize_ratio) if augmentation.resize else None
-        image = center_crop(image, size, resize_ratio=ratio, name=name)
-    elif augmentation.resize:
-        image = random_resized_crop(
-            image, size, scale=augmentation.scale, ratio=augmentation.ratio, generator=generator
-        )
+    box, resized = (0, 0, *image_size), image_size
+    if not augmentation.resize:
+        require_size(image_size, size, name)
+    elif augmentation.crop == "random":
+        box, resized = random_box(image_size, augmentation.scale, augmentation.ratio, generator), (size, size)
     else:
-        image = random_crop(image, size, generator=generator, name=name)
-    if augmentation.flip and generator.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
+        box = _without_ends(image_size)
+        width, height = box[2] - box[0], box[3] - box[1]
+        factor = round(size * (augmentation.resize_ratio or default_resize_ratio)) / min(width, height)
+        resized = (max(size, round(width * factor)), max(size, round(height * factor)))
+    if augmentation.crop == "random" and not augmentation.resize:
+        left, top = (int(generator.integers(side - size + 1)) for side in image_size)
+    else:
+        left, top = ((side - size) // 2 for side in resized)
+    return Crop(box, resized, (left, top), flip=augmentation.flip and bool(generator.random() < 0.5))
+
+
+def applied(image: Image.Image, crop: Crop, size: int) -> Image.Image:
+    """The ``size`` x ``size`` pixels that a crop takes out of an image, bicubic where it is resized."""
+    left, top, right, bottom = crop.box
+    if crop.resized == (right - left, bottom - top):
+        image = image.crop(crop.box)
+    else:
+        image = image.resize(crop.resized, Image.Resampling.BICUBIC, box=crop.box)
+    left, top = crop.corner
+    image = image.crop((left, top, left + size, top + size))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else image
 
 
 def without_flip(augmentation: Augmentation) -> Augmentation:
@@ -111,21 +140,19 @@ def without_flip(augmentation: Augmentation) -> Augmentation:
     return replace(augmentation, flip=False)
 
 
-def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    *,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+def random_box(
+    image_size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
     generator: np.random.Generator,
-) -> Image.Image:
-    """Crop a random rectangle and resize it to a square, bicubic.
+) -> tuple[int, int, int, int]:
+    """A random rectangle (left, top, right, bottom) of an image of (width, height).
 
     The area is uniform in ``scale`` x the image's area, width over height log-uniform in ``ratio``, the
     place uniform. A draw that does not fit into the image is drawn again, up to ten times; then the whole
     image is taken (a very long image has no crop of the wanted shape).
     """
-    width, height = image.size
+    width, height = image_size
     for _ in range(ATTEMPTS):
         area = width * height * generator.uniform(*scale)
         aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -133,54 +160,15 @@ def random_resized_crop(
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left = int(generator.integers(width - crop_width + 1))
             top = int(generator.integers(height - crop_height + 1))
-            break
-    else:
-        left, top, crop_width, crop_height = 0, 0, width, height
-    box = (left, top, left + crop_width, top + crop_height)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            return left, top, left + crop_width, top + crop_height
+    return 0, 0, width, height
 
 
-def random_crop(
-    image: Image.Image, size: int, *, generator: np.random.Generator, name: str = "image"
-) -> Image.Image:
-    """A ``size`` x ``size`` window of the image at its own resolution.
-
-    Raises:
-        InputError: the image is smaller than the crop.
-    """
-    require_size(image.size, size, name)
-    left = int(generator.integers(image.width - size + 1))
-    top = int(generator.integers(image.height - size + 1))
-    return image.crop((left, top, left + size, top + size))
-
-
-def center_crop(
-    image: Image.Image, size: int, *, resize_ratio: float | None = EVALUATION_RESIZE, name: str = "image"
-) -> Image.Image:
-    """Resize the short side to ``size * resize_ratio`` (bicubic), then cut out the middle.
-
-    ``resize_ratio=None`` cuts at the image's own resolution.
-
-    Raises:
-        InputError: nothing is resized and the image is smaller than the crop.
-    """
-    if resize_ratio is None:
-        require_size(image.size, size, name)
-    else:
-        image = _without_ends(image)
-        factor = round(size * resize_ratio) / min(image.size)
-        resized = (max(size, round(image.width * factor)), max(size, round(image.height * factor)))
-        if resized != image.size:
-            image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def _without_ends(image: Image.Image, longest: int = 8) -> Image.Image:
+def _without_ends(image_size: tuple[int, int], longest: int = 8) -> tuple[int, int, int, int]:
     """The middle of a very long image: scaling up a 1 x 100000 strip whole would fill the memory."""
-    width, height = (min(side, longest * min(image.size)) for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
+    width, height = (min(side, longest * min(image_size)) for side in image_size)
+    left, top = (image_size[0] - width) // 2, (image_size[1] - height) // 2
+    return left, top, left + width, top + height
 
 
 def require_size(image_size: tuple[int, int], crop: int, name: str = "image") -> None:

@@ -1,6 +1,6 @@
 """A flat dict of tensors as safetensors files: one, or one a rank; read by any number of ranks.
 
-Apart from :mod:`mage_fast.training.checkpoints` because torch's checkpoint package takes long to import.
+By torch's distributed checkpoint (DCP) with its safetensors storage, which pickles nothing to the disk.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def read_index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     Raises:
         OSError, SafetensorError, KeyError, ValueError: a file is missing, truncated or damaged.
     """
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {
-        key: (value.size, value.properties.dtype)
-        for key, value in found.items()
-        if isinstance(value, TensorStorageMetadata)
-    }
+    index = {}
+    for key, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)
+        if sum(part.sizes.numel() for part in found.chunks) != found.size.numel():
+            raise ValueError(f"parts of {key} are missing")
+        index[key] = found.size, found.properties.dtype
+    return index
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from torch.distributed import ProcessGroup
 
 from mage_fast.errors import CheckpointError, InputError
 from mage_fast.files import fsync, write_json
-from mage_fast.training.run_state import Parts, RunState, Saved, fit, flatten
+from mage_fast.training.checkpoint_files import read_index, read_into, write_shards, write_whole
+from mage_fast.training.run_state import Parts, RunState, Saved, check, fit, flatten
 
 FORMAT = "mage_fast.checkpoint"
 VERSION = 1
@@ -71,12 +72,10 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep_last, self.keep_every, self.sharded, self.group = keep_last, keep_every, sharded, group
 
-    def all(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """What bears a checkpoint's name, by step; whether it can be read is not known."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(
-            (path for path in found if step_of(path) is not None), key=lambda path: step_of(path) or 0
-        )
+        return sorted((path for path in found if step_of(path) >= 0), key=step_of)
 
     def save(
         self, step: int, settings: Mapping[str, Any], parts: Parts, extra: Mapping[str, Any] | None = None
@@ -102,7 +101,8 @@ class Checkpoints:
         def end() -> None:
             files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
             write_json(temporary / JSON_NAME, values | {"files": files})
-            _open(temporary)
+            _, saved = _open(temporary)
+            check(f"{path}, as {temporary} shows it to the first rank,", saved, tensors)
             for name in files:
                 fsync(temporary / name)
             fsync(temporary)
@@ -117,9 +117,9 @@ class Checkpoints:
             self._alike(what, begin, first_only=True)
             self._alike(what, lambda: self._write(temporary, tensors))
             self._alike(what, end, first_only=True)
-        finally:
-            if self._leads and temporary.exists():
-                shutil.rmtree(temporary, ignore_errors=True)
+        except CheckpointError:  # of all ranks
+            self.remove_leftovers()
+            raise
         self.prune()
         return path
 
@@ -129,12 +129,10 @@ class Checkpoints:
         Raises:
             CheckpointError: on all ranks, it is missing or damaged, or parts, names, shapes or dtypes differ.
         """
-        from mage_fast.training.checkpoint_files import read_into
-
         path = Path(path)
         ready: list[Any] = []
 
-        def check() -> None:
+        def prepare() -> None:
             values, saved = _open(path)
             if sorted(parts) != values["parts"]:
                 raise CheckpointError(
@@ -143,7 +141,7 @@ class Checkpoints:
             ready.extend((values, *fit(str(path), parts, saved, values["optimizers"])))
 
         what = f"cannot read {path}"
-        self._alike(what, check)
+        self._alike(what, prepare)
         values, tensors, finish = ready
         self._alike(what, lambda: read_into(path, tensors, self.group, alone=self._ranks == 1))
         finish()
@@ -158,7 +156,7 @@ class Checkpoints:
 
         def newest() -> Path | None:
             problems = []
-            for path in reversed(self.all()):
+            for path in reversed(self.paths()):
                 try:
                     _open(path)
                 except CheckpointError as error:
@@ -180,12 +178,12 @@ class Checkpoints:
 
         def delete() -> None:
             kept = 0
-            for path in reversed(self.all()):
+            for path in reversed(self.paths()):
                 if kept < self.keep_last:
                     with suppress(CheckpointError):
                         _open(path)
                         kept += 1
-                elif self.keep_every is None or (step_of(path) or 0) % self.keep_every:
+                elif self.keep_every is None or step_of(path) % self.keep_every:
                     try:
                         os.replace(path, _temporary(path))
                         shutil.rmtree(_temporary(path), ignore_errors=True)
@@ -209,8 +207,6 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        from mage_fast.training.checkpoint_files import write_shards, write_whole
-
         if self.sharded and self._ranks > 1:
             write_shards(folder, tensors, self.group)
         else:
@@ -218,7 +214,7 @@ class Checkpoints:
 
     @property
     def _ranks(self) -> int:
-        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        grouped = torch.distributed.is_initialized()
         return torch.distributed.get_world_size(self.group) if grouped else 1
 
     @property
@@ -243,8 +239,8 @@ class Checkpoints:
             torch.distributed.all_gather_object(outcomes, mine, self.group)
             result = outcomes[0][0]
             told = [other for _, other in outcomes if other is not None]
-            if told and problem is None:
-                problem = CheckpointError(told[0])
+            if told:
+                raise CheckpointError(told[0]) from problem
         if problem is not None:
             raise problem
         return result
@@ -265,8 +261,6 @@ def read_part(path: Path | str, part: str = "model") -> dict[str, Tensor]:
     Raises:
         CheckpointError: as :func:`read_state`, or no such part.
     """
-    from mage_fast.training.checkpoint_files import read_into
-
     path = Path(path)
     values, saved = _open(path)
     if part not in values["parts"]:
@@ -279,8 +273,6 @@ def read_part(path: Path | str, part: str = "model") -> dict[str, Tensor]:
 
 def _open(path: Path) -> tuple[dict[str, Any], Saved]:
     """The JSON, and shape and dtype of the tensors; all files are there and none is truncated."""
-    from mage_fast.training.checkpoint_files import read_index
-
     values = _read_json(path)
     sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.name != JSON_NAME}
     for name in sorted({*sizes, *values["files"]}):
@@ -307,6 +299,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     got = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
     if got != (FORMAT, VERSION):
         raise CheckpointError(f"checkpoint {path} is {got}, wanted {(FORMAT, VERSION)}")
+    if missing := sorted({"step", "parts", "settings", "extra", "optimizers", "files"} - values.keys()):
+        raise CheckpointError(f"checkpoint {path} is damaged: {JSON_NAME} has no {', '.join(missing)}")
     return values
 
 
@@ -314,10 +308,10 @@ def _run_state(values: dict[str, Any]) -> RunState:
     return RunState(values["step"], values["settings"], values["extra"])
 
 
-def step_of(path: Path) -> int | None:
-    """The step a checkpoint's name tells; None for another name."""
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells; -1 for another name."""
     found = re.fullmatch(r"step-(\d+)", path.name)
-    return int(found[1]) if found else None
+    return int(found[1]) if found else -1
 
 
 def _temporary(path: Path) -> Path:

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from mage_fast.errors import InputError
 from mage_fast.training.augment import Augmentation, named, without_flip
+from mage_fast.training.device_augment import Decoder, decoded
 from mage_fast.training.huggingface import HuggingFaceSource
-from mage_fast.training.loading import Batch, Batches, Order, Received
+from mage_fast.training.loading import Batch, Batches, Order, Received, Undecoded
 from mage_fast.training.sources import (
     DigitsSource,
     FolderSource,
@@ -102,6 +103,7 @@ def batches(
     on_bad_file: Literal["substitute", "drop"] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
+    decoder: Decoder | None = None,
 ) -> Generator[Batch, None, None]:
     """Iterate over a source, from step ``start_step`` of epoch ``epoch``.
 
@@ -135,10 +137,13 @@ def batches(
         on_bad_file: see above.
         workers: data-loading processes; 0 loads in this one.
         pin_memory: copy batches to page-locked memory, for asynchronous copies to a GPU.
+        decoder: decode JPEG files, crop and resize on its device, where ``inputs`` then are; by default
+            the loading processes do it with Pillow. See :mod:`mage_fast.training.device_augment`.
 
     Raises:
         InputError: at once: fewer items than a batch, an image smaller than a crop that does not resize,
-            a batch that ``split`` does not divide, shares outside ``split``, more views than a cache has.
+            a batch that ``split`` does not divide, shares outside ``split``, more views than a cache has,
+            a decoder for a source without image files.
             While iterating: no image of the source is readable.
     """
     image_size = image_size or source.image_size
@@ -159,6 +164,8 @@ def batches(
     if source.kind == "images" and not augmentation.resize:
         source.require_size(image_size)
     source.require_views(views)
+    if decoder is not None and not source.has_files:
+        raise InputError(f"batches: {source.spec} has no image files that a decoder could decode")
     dataset = Batches(
         source,
         image_size,
@@ -166,6 +173,7 @@ def batches(
         augmentation,
         views,
         drop=(on_bad_file or ("drop", "substitute")[shuffle]) == "drop",
+        encoded=decoder is not None,
     )
     order = Order(
         items or range(len(source)),
@@ -183,11 +191,11 @@ def batches(
         sampler=order,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
+        pin_memory=pin_memory and decoder is None,  # its batches are on the device already
         worker_init_fn=_own_process_group,
         generator=torch.Generator().manual_seed(seed),  # else an iterator would advance torch's global one
     )
-    return _received(loader, source, alone=split == 1)
+    return _received(loader, dataset, decoder, alone=split == 1)
 
 
 def training_batches(
@@ -199,12 +207,19 @@ def training_batches(
     return batches(source, batch_size, start_step=step, epochs=None, **options)  # type: ignore[arg-type]
 
 
-def _received(loader: DataLoader[Received], source: Source, *, alone: bool) -> Generator[Batch, None, None]:
+def _received(
+    loader: DataLoader[Received], dataset: Batches, decoder: Decoder | None, *, alone: bool
+) -> Generator[Batch, None, None]:
     """Batches out of what the workers send; damaged files are noted on the way, a sum of them at the end."""
+    source = dataset.source
     noted, received, yielded = source.bad_count, 0, 0
     try:
         for batch, bad_files in loader:
             received += 1
+            if isinstance(batch, Undecoded):
+                assert decoder is not None
+                batch, more = decoded(batch, dataset, decoder)
+                bad_files |= more
             for name, reason in bad_files.items():
                 source.report_bad(name, reason)
             if isinstance(batch, InputError):

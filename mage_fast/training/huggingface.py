@@ -25,6 +25,8 @@ class HuggingFaceSource(Source):
         InputError: ``datasets`` is not installed, no such dataset or split, no image column.
     """
 
+    has_files = True
+
     def __init__(
         self, name: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1
     ) -> None:

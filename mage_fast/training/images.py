@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 #: File name endings that a folder source takes for images.
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -63,6 +64,19 @@ def header_size(file: Path | str | BinaryIO) -> tuple[int, int]:
             return image.size
     except DECODING_ERRORS as error:
         raise UnreadableImage(_reason(error)) from error
+
+
+def whole_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(width, height), upright, of a JPEG file in colour or grey that has its end; None for anything else."""
+    if not content.endswith(b"\xff\xd9"):
+        return None
+    try:
+        with Image.open(BytesIO(content), formats=("JPEG",)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            size = image.size[::-1] if turned else image.size
+            return size if image.mode in ("RGB", "L") else None
+    except DECODING_ERRORS:
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mage_fast.errors import InputError
-from mage_fast.training.augment import Augmentation, augmented, item_generator
-from mage_fast.training.images import UnreadableImage
+from mage_fast.training.augment import Augmentation, Crop, applied, drawn, item_generator
+from mage_fast.training.images import UnreadableImage, whole_jpeg_size
 from mage_fast.training.sources import Source
 
 
@@ -63,10 +63,27 @@ class Order(Sampler[tuple[int, np.ndarray]]):
             step += 1
 
 
+class Item(NamedTuple):
+    """An image of a batch: its views, uint8 [V, 3, H, W], or a whole JPEG file and what to cut out of it."""
+
+    content: np.ndarray | bytes
+    crops: list[Crop]
+    #: Which item of the source it shows, and which one was asked for.
+    shown: int
+    requested: int
+
+
+class Undecoded(NamedTuple):
+    """A batch with JPEG files that are decoded elsewhere."""
+
+    epoch: int
+    items: list[Item]
+
+
 class Received(NamedTuple):
     """What a worker sends: a batch (or the error that ends the iteration) and the files it found damaged."""
 
-    batch: Batch | InputError
+    batch: Batch | Undecoded | InputError
     bad_files: dict[str, str]
 
 
@@ -82,58 +99,75 @@ class Batches(Dataset[Received]):
     augmentation: Augmentation
     views: int
     drop: bool
+    #: Leave JPEG files to be decoded elsewhere.
+    encoded: bool = False
     bad: dict[int, str] = field(default_factory=dict)
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Received:
-        epoch, indices = request
+        return self.noting_bad_files(lambda: self._batch(*request))
+
+    def noting_bad_files(self, make: Callable[[], Batch | Undecoded]) -> Received:
+        """What ``make`` returns, and the files that it found damaged."""
         known = set(self.bad)
         try:
-            batch: Batch | InputError = self._batch(epoch, indices)
+            batch: Batch | Undecoded | InputError = make()
         except InputError as error:
             batch = error  # sent as a value: DataLoader would wrap a worker's exception in its traceback
         found = {self.source.name(index): self.bad[index] for index in self.bad.keys() - known}
         return Received(batch, found)
 
-    def _batch(self, epoch: int, indices: np.ndarray) -> Batch:
+    def _batch(self, epoch: int, indices: np.ndarray) -> Batch | Undecoded:
         if self.source.kind == "tokens":
             views = [self.source.tokens(indices, epoch * self.views + view) for view in range(self.views)]
-            inputs = torch.from_numpy(np.stack(views))
-        else:
-            images, used = [], []
-            for index in indices.tolist():
-                if (loaded := self._images(epoch, index)) is not None:
-                    images.append(loaded[0])
-                    used.append(loaded[1])
-            indices = np.array(used, dtype=np.int64)
-            shape = (self.views, len(images), 3, self.image_size, self.image_size)
-            stacked = np.stack(images, axis=1) if images else np.empty(shape)
-            inputs = torch.from_numpy(stacked.astype(np.float32) / np.float32(255))
-        if self.views == 1:
-            inputs = inputs[0]
-        return Batch(inputs, torch.from_numpy(self.source.labels[indices]), torch.from_numpy(indices))
+            return self.batch(torch.from_numpy(np.stack(views)), indices)
+        loaded = [self.item(epoch, index, encoded=self.encoded) for index in indices.tolist()]
+        items = [item for item in loaded if item is not None]
+        if self.encoded:
+            return Undecoded(epoch, items)
+        shape = (self.views, len(items), 3, self.image_size, self.image_size)
+        stacked = np.stack([item.content for item in items], axis=1) if items else np.empty(shape)
+        images = torch.from_numpy(stacked.astype(np.float32) / np.float32(255))
+        return self.batch(images, [item.shown for item in items])
 
-    def _images(self, epoch: int, index: int) -> tuple[np.ndarray, int] | None:
-        """uint8 [V, 3, H, W] and the index it came from: ``index``, or the next one that is readable."""
+    def batch(self, inputs: Tensor, indices: Sequence[int] | np.ndarray) -> Batch:
+        """A batch of ``inputs`` [V, B, ...], with the labels of the items."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        labels = torch.from_numpy(self.source.labels[chosen])
+        return Batch(inputs if self.views > 1 else inputs[0], labels, torch.from_numpy(chosen))
+
+    def item(self, epoch: int, index: int, *, encoded: bool = False) -> Item | None:
+        """Item ``index``, or the next one that is readable; None for a damaged one that is left out."""
         for offset in range(len(self.source)):
             candidate = (index + offset) % len(self.source)
             if candidate not in self.bad:
                 try:
-                    image = self.source.image(candidate)
+                    return self._loaded(epoch, index, candidate, encoded=encoded)
                 except UnreadableImage as error:
                     self.bad[candidate] = str(error)
-                else:
-                    views = [
-                        augmented(
-                            image,
-                            self.image_size,
-                            self.augmentation,
-                            item_generator(self.seed, epoch, index, view),
-                            default_resize_ratio=self.source.resize_ratio,
-                            name=self.source.name(candidate),
-                        )
-                        for view in range(self.views)
-                    ]
-                    return np.stack([np.asarray(view).transpose(2, 0, 1) for view in views]), candidate
             if self.drop:
                 return None
         raise InputError(f"{self.source.spec}: none of its {len(self.source)} images is readable")
+
+    def _loaded(self, epoch: int, index: int, candidate: int, *, encoded: bool) -> Item:
+        if encoded:
+            content = self.source.encoded(candidate)
+            size = whole_jpeg_size(content)
+            if size is not None and min(size) >= self.source.min_side:
+                return Item(content, self._crops(size, epoch, index, candidate), candidate, index)
+        image = self.source.image(candidate)
+        crops = self._crops(image.size, epoch, index, candidate)
+        views = [np.asarray(applied(image, crop, self.image_size)).transpose(2, 0, 1) for crop in crops]
+        return Item(np.stack(views), crops, candidate, index)
+
+    def _crops(self, size: tuple[int, int], epoch: int, index: int, candidate: int) -> list[Crop]:
+        return [
+            drawn(
+                size,
+                self.image_size,
+                self.augmentation,
+                item_generator(self.seed, epoch, index, view),
+                default_resize_ratio=self.source.resize_ratio,
+                name=self.source.name(candidate),
+            )
+            for view in range(self.views)
+        ]

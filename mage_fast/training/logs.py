@@ -126,7 +126,7 @@ class RunLogger:
         self._progress.update(self._task, completed=step, metrics=loss + shown)
 
     def image(
-        self, name: str, step: int, picture: Path | Float[Tensor, "C H W"] | UInt8[Tensor, "C H W"]
+        self, name: str, step: int, picture: Path | str | Float[Tensor, "C H W"] | UInt8[Tensor, "C H W"]
     ) -> None:
         """Show a picture at ``step`` steps done: a file, or a tensor, RGB or grey, in [0, 1] or of bytes.
 
@@ -181,9 +181,9 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _pixels(picture: Path | Tensor) -> UInt8[np.ndarray, "H W 3"]:
+def _pixels(picture: Path | str | Tensor) -> UInt8[np.ndarray, "H W 3"]:
     """Three equal channels for a grey picture."""
-    if isinstance(picture, Path):
+    if isinstance(picture, (str, Path)):
         with Image.open(picture) as image:
             return np.asarray(image.convert("RGB"))
     if picture.ndim != 3 or picture.shape[0] not in (1, 3):

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
@@ -136,13 +137,15 @@ def train(
                     result.skipped += int(result.last.get("skipped", 0))
                     result.first = result.first or result.last
                     speed = {} if throughput is None else throughput.window()
-                    found = evaluation(done) if evaluation is not None and evaluate else {}
+                    with nullcontext() if throughput is None else throughput.paused():
+                        found = evaluation(done) if evaluation is not None and evaluate else {}
                     if logger is not None:
                         logger.log(done, result.last | speed | dict(found))
                 elif logger is not None:
                     logger.advance(done)
                 if save_now:
-                    save(done)
+                    with nullcontext() if throughput is None else throughput.paused():
+                        save(done)
                     window.saved_step = saved_step = done
                     saved_at, asked = time.monotonic(), False
                 if number and saved_step == done:

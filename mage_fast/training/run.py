@@ -80,7 +80,7 @@ class Run:
 
     def _check_later(self, path: Path) -> None:
         """Refuse to leave checkpoints that the next "auto" would take for what comes after ``path``."""
-        mine = self.checkpoints.all()
+        mine = self.checkpoints.paths()
         names = [other.name for other in mine]
         inside = path.resolve().parent == self.checkpoints.folder.resolve() and path.name in names
         later = names[names.index(path.name) + 1 :] if inside else names

@@ -85,7 +85,7 @@ def fit(
     tensors, live = flatten(parts)
     prefixes = tuple(f"{part}." for part in live)
     tensors = {key: value for key, value in tensors.items() if not key.startswith(prefixes)}
-    _check(where, {key: value for key, value in saved.items() if not key.startswith(prefixes)}, tensors)
+    check(where, {key: value for key, value in saved.items() if not key.startswith(prefixes)}, tensors)
     states: dict[str, dict[Tensor, dict[str, Tensor]]] = {}
     for part, groups in live.items():
         optimizer = parts[part]
@@ -95,7 +95,7 @@ def fit(
         names = _parameter_names(part, optimizer, parts)
         for parameter, values in states[part].items():
             tensors |= {f"{part}.{names[parameter]}.{key}": value for key, value in values.items()}
-    _check(where, saved, tensors)
+    check(where, saved, tensors)
 
     def finish() -> None:
         for part, state in states.items():
@@ -109,6 +109,27 @@ def fit(
                 _set_options(group, options)
 
     return {key: value.detach() for key, value in tensors.items()}, finish
+
+
+def check(where: str, got: Saved, wanted: Mapping[str, Tensor]) -> None:
+    """Compare saved tensors with live ones.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ.
+    """
+    for what, keys in (
+        ("lacks", wanted.keys() - got.keys()),
+        ("has the unknown", got.keys() - wanted.keys()),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise CheckpointError(f"{where} {what} {shown}")
+    for key, value in wanted.items():
+        shape, dtype = got[key]
+        if shape != value.shape:
+            raise CheckpointError(f"{where}: {key} has shape {tuple(shape)}, wanted {tuple(value.shape)}")
+        if dtype != value.dtype:
+            raise CheckpointError(f"{where}: {key} is {dtype}, wanted {value.dtype}")
 
 
 def module_fingerprint(module: nn.Module) -> str:
@@ -177,22 +198,6 @@ def _check_groups(where: str, got: list[dict[str, Any]], wanted: list[dict[str, 
         if sorted(ours) != sorted(theirs):
             differing = sorted(set(ours) - set(theirs))[0], sorted(set(theirs) - set(ours))[0]
             raise CheckpointError(f"{where} has {differing[0]} in group {number}, wanted {differing[1]}")
-
-
-def _check(where: str, got: Saved, wanted: Mapping[str, Tensor]) -> None:
-    for what, keys in (
-        ("lacks", wanted.keys() - got.keys()),
-        ("has the unknown", got.keys() - wanted.keys()),
-    ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise CheckpointError(f"{where} {what} {shown}")
-    for key, value in wanted.items():
-        shape, dtype = got[key]
-        if shape != value.shape:
-            raise CheckpointError(f"{where}: {key} has shape {tuple(shape)}, wanted {tuple(value.shape)}")
-        if dtype != value.dtype:
-            raise CheckpointError(f"{where}: {key} is {dtype}, wanted {value.dtype}")
 
 
 def _plain(value: Any) -> Any:

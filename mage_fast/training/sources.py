@@ -37,6 +37,8 @@ class Source:
     """
 
     kind: Literal["images", "tokens"] = "images"
+    #: Whether its images are files, see ``encoded``.
+    has_files = False
     #: False where the mirror image of an example means something else.
     can_flip = True
     #: Short side before the evaluation's centre crop, over the crop.
@@ -178,6 +180,8 @@ class FolderSource(Source):
     Raises:
         InputError: no such folder, not a folder, or no image in it.
     """
+
+    has_files = True
 
     def __init__(
         self, path: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1

@@ -154,8 +154,9 @@ class TrainStep:
             views, inputs = len(inputs), inputs.flatten(0, 1)
         if inputs.is_floating_point():
             inputs = inputs.to(self.device, non_blocking=True)
-        with autocast(self.precision, self.device):
-            inputs = self.model.tokenize(inputs)
+        if config.encoder_input == "tokens":
+            with autocast(self.precision, self.device):
+                inputs = self.model.tokenize(inputs)
         batch, length = len(inputs), config.num_tokens
         if labels_B is not None:  # checked on the CPU, where they are there
             labels_B = self.model.class_ids(labels_B.repeat(views), batch) - config.codebook_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -27,8 +28,8 @@ class Throughput:
     ...     if time_to_log:
     ...         logger.log(number, metrics | meter.window())
 
-    A window wants the device's work done when it ends, as it is once metrics were read. All that happens
-    between two windows counts as time, saving and watching included.
+    A window wants the device's work done when it begins and ends, as it is once metrics were read. All that
+    happens in it counts as time, but for what is done ``with meter.paused():``.
 
     Args:
         images_per_step: of all ranks together.
@@ -63,7 +64,7 @@ class Throughput:
         self._steps, self._waited, self._start = 0, 0.0, clock()
 
     def batches(self, batches: Iterator[BatchT]) -> Iterator[BatchT]:
-        """The same batches. Waiting for one is timed; asking for the next one ends a step.
+        """The same batches, each of which is what this rank trains on in a step; waiting for them is timed.
 
         The first batch starts the first window: what was done before, and opening the data, is no step's.
         """
@@ -81,6 +82,15 @@ class Throughput:
         finally:
             if (close := getattr(batches, "close", None)) is not None:
                 close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside, looking at the model or saving it, is left out of the window's time."""
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self._start += self.clock() - start
 
     def window(self) -> dict[str, float]:
         """Metrics since the last window, which ends here and now; empty if no step was done in it.
@@ -111,7 +121,7 @@ class Throughput:
 
 
 def flops_per_image(config: MAGEConfig, *, tokenizes: bool = False) -> float:
-    """FLOPs of a training step for one image: matrix products of the transformer, forward and backward.
+    """FLOPs of a training step for one view of an image: matrix products of the transformer, both ways.
 
     The trained transformer counts three times its forward pass, the frozen tokenizer, where it runs in
     training, once: 161 and 129 GFLOP for ViT-B. The head counts at masked tokens over the codebook only,

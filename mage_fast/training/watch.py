@@ -37,7 +37,8 @@ class OnlineProbe:
 
     All items are read and tokenized here, once, so damaged data is found before the training begins and later
     only the encoder runs. The items are the same in every run: all, or as many as are wanted, drawn by
-    a fixed generator.
+    a fixed generator. Neighbours judge a masked model more harshly than a linear layer does, and early in
+    training their accuracy may fall below the untrained model's (so it did on digits).
 
     Args:
         model: whose tokenizer is used; not kept.
@@ -151,11 +152,12 @@ class Watch:
                 raise InputError(
                     "watch: the model has no tokenizer, so there are no pictures; columns=0 wants none"
                 )
-            slots = model.config.class_slots
-            if labels is not None and not (labels and all(0 <= label < slots for label in labels)):
-                raise InputError(f"watch: labels are {_some(labels)}, wanted one or more in [0, {slots})")
+            if labels is not None and not labels:
+                raise InputError("watch: there are no labels, wanted one or more, or None")
             try:
                 Decoding(model, sampler)
+                if labels is not None:
+                    model.class_ids(torch.tensor(labels), len(labels))
             except ValueError as error:
                 raise InputError(f"watch: {error}") from error
         self.folder = Path(out) / "samples"
@@ -244,8 +246,8 @@ class _Part(Source):
     def image(self, index: int) -> Image.Image:
         return self._source.image(int(self._chosen[index]))
 
-    def tokens(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        return self._source.tokens(self._chosen[indices], epoch)
+    def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
+        return self._source.tokens(self._chosen[indices], view)
 
 
 def _check_source(model: MAGE, source: Source) -> None:

@@ -49,6 +49,8 @@ class WebDatasetSource(Source):
             integer, two images or two labels of one sample, labels for some samples only.
     """
 
+    has_files = True
+
     def __init__(
         self, path: str, *, image_size: int = 256, split: Split = "train", min_side: int = 1
     ) -> None:
@@ -112,7 +114,11 @@ class WebDatasetSource(Source):
         """Append the samples of a shard to the columns."""
         rows: dict[str, int] = {}
         images, labels, names = array("q"), array("q"), []
-        with open(path, "rb") as file:
+        try:
+            opened = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        with opened as file:
             self._reader.sizes[number] = os.fstat(file.fileno()).st_size
             for member in members(path, file):
                 folder, _, own_name = member.name.rpartition("/")

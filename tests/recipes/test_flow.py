@@ -164,9 +164,8 @@ def test_pretrain_from_a_cache_resumes_to_the_bit(
 
     with monkeypatch.context() as patched:
         patched.setattr(MAGE, "forward", dies)
-        settings = pretrain.PretrainConfig(
-            **{**broken.__dict__, "checkpoints": pretrain.CheckpointChoices(every_seconds=0.0)}
-        )
+        every = pretrain.CheckpointChoices(every_seconds=0.0)
+        settings = pretrain.PretrainConfig(**{**broken.__dict__, "checkpoints": every})
         with pytest.raises(KeyboardInterrupt):
             pretrain.run(settings)
     result = pretrain.run(broken)

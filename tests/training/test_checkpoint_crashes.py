@@ -44,10 +44,13 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(
     assert "step-000000003 is damaged: state.safetensors is no file" in caplog.text
     assert "step-000000002 is damaged: state.json is not JSON" in caplog.text
     checkpoints.prune()
-    assert checkpoints.all() == paths, "what cannot be read does not count"
+    assert checkpoints.paths() == paths, "what cannot be read does not count"
     (paths[0] / "state.json").write_text(json.dumps({"format": "x", "version": 9}))
     with pytest.raises(CheckpointError, match=r"has no checkpoint that is whole: .*is \('x', 9\), wanted"):
         checkpoints.latest()
+    (paths[0] / "state.json").write_text('{"format": "mage_fast.checkpoint", "version": 1, "step": 1}')
+    with pytest.raises(CheckpointError, match=r"damaged: state.json has no extra, files, optimizers, parts"):
+        read_state(paths[0])
     (paths[0] / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"is no checkpoint: cannot read .*state.json: No such file"):
         read_state(paths[0])
@@ -101,7 +104,7 @@ def test_retention(
         oldest = newest[0] if len(newest) == keep_last else -1
         wanted = {s for s in wanted | {now} if s >= oldest} | for_ever
         whole &= wanted
-        assert [int(path.name.removeprefix("step-")) for path in checkpoints.all()] == sorted(wanted)
+        assert [int(path.name.removeprefix("step-")) for path in checkpoints.paths()] == sorted(wanted)
         if number in damaged:
             (path / "state.safetensors").unlink()
             whole.discard(now)

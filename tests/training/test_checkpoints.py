@@ -20,7 +20,9 @@ from mage_fast.training.optim import Ema, build_adamw
 from mage_fast.training.precision import LossScale
 from mage_fast.training.run import Run
 from mage_fast.training.run_state import RunState, flatten, module_fingerprint
+from mage_fast.training.schedule import set_lr
 from mage_fast.training.step import TrainStep
+from tests import models
 
 
 class Model(nn.Module):
@@ -62,7 +64,7 @@ def step(parts: dict[str, Any], seed: int) -> None:
 
 def bits(parts: dict[str, Any]) -> dict[str, bytes]:
     return {
-        key: value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        key: value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         for key, value in flatten(parts)[0].items()
     }
 
@@ -118,6 +120,43 @@ def test_a_mage_goes_on_to_the_bit_in_live_tensors(tmp_path: Path) -> None:
     losses = [train(ids, rng_state=rng.new_state(0, 2))["loss"] for train in (one, two)]
     assert torch.equal(*losses)
     assert bits(ours) == bits(theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_graphs_go_on_from_a_checkpoint(tmp_path: Path, precision: Any) -> None:
+    """Graphs captured before the state is loaded replay with it; fresh ones are captured with it."""
+    config = models.tiny()
+
+    def built(seed: int) -> tuple[TrainStep, dict[str, Any]]:
+        model = models.build(config, seed).train().to("cuda")
+        optimizer = build_adamw(model, 1e-3)
+        train_step = TrainStep(model, optimizer, precision=precision, graph=True)
+        parts = {"model": model, "optimizer": optimizer}
+        if train_step.loss_scale is not None:
+            parts["loss_scale"] = train_step.loss_scale
+        return train_step, parts
+
+    def train(train_step: TrainStep, number: int) -> Tensor:
+        ids = models.draw_ids(config, 4, seed=number)
+        return train_step(ids.to("cuda"), rng_state=rng.new_state(3, number))["loss"]
+
+    (one, ours), (captured, theirs), (fresh, others) = built(0), built(1), built(2)
+    for number in range(12):
+        train(one, number)
+        train(captured, 100 + number)
+    set_lr(ours["optimizer"], 5e-4)
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(12, {}, ours)
+    for parts in (theirs, others):
+        checkpoints.load(path, parts)
+        assert bits(parts) == bits(ours)
+        assert parts["optimizer"].param_groups[0]["lr"].item() == pytest.approx(5e-4)
+    for number in range(12, 24):
+        wanted = train(one, number)
+        for train_step in (captured, fresh):
+            torch.testing.assert_close(train(train_step, number), wanted, rtol=1e-4, atol=1e-4)
 
 
 #: A MAGE of two layers.

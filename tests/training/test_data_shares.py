@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from made_images import BAD, gradient
 
 from mage_fast.errors import InputError
-from mage_fast.training.augment import AUGMENTATIONS, augmented, item_generator
+from mage_fast.training.augment import AUGMENTATIONS, applied, drawn, item_generator
 from mage_fast.training.data import Batch, batches, open_source, training_batches
 from mage_fast.training.sources import Source, summary_of_bad_files
 from mage_fast.training.token_cache import TokenCacheWriter
@@ -131,9 +131,9 @@ def test_view_v_draws_from_a_generator_of_its_own() -> None:
     for view, place in itertools.product(range(3), range(5)):
         index = int(batch.indices[place])
         key = (7, 4, index, view) if view else (7, 4, index)
-        image = augmented(
-            source.image(index), 16, AUGMENTATIONS["weak-no-flip"], np.random.default_rng(key), name="digit"
-        )
+        image = source.image(index)
+        augmentation, generator = AUGMENTATIONS["weak-no-flip"], np.random.default_rng(key)
+        image = applied(image, drawn(image.size, 16, augmentation, generator), 16)
         wanted = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
         np.testing.assert_array_equal(batch.inputs[view, place].numpy(), wanted)
     draws = {item_generator(7, 4, 11, view).random() for view in range(50)}

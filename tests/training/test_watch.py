@@ -26,7 +26,7 @@ from mage_fast.training.optim import build_adamw
 from mage_fast.training.run_state import module_fingerprint
 from mage_fast.training.step import TrainStep
 from mage_fast.training.token_cache import TokenCacheWriter
-from mage_fast.training.watch import OnlineProbe, Watch
+from mage_fast.training.watch import OnlineProbe, Watch, undisturbed
 from tests.models import build, tiny
 
 SAMPLER = SamplerConfig(steps=3)
@@ -134,6 +134,18 @@ def test_a_look_that_fails_leaves_the_modes(
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), before)
     assert not list((tmp_path / "samples").iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_look_on_a_gpu_leaves_its_generator(model: MAGE, tmp_path: Path) -> None:
+    model.cuda()
+    before = torch.cuda.get_rng_state()
+    watch = Watch(model, tmp_path, 1, sampler=SAMPLER, probe=probe(model, train_items=50, test_items=20))
+    with undisturbed(model):
+        torch.rand(3, device="cuda")
+    assert 0 <= watch(1, model)["knn_top1"] <= 1
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 # Probes
@@ -259,8 +271,9 @@ def test_no_pictures(tmp_path: Path) -> None:
     [
         ({"every_steps": 0}, "every_steps is 0, columns 4, wanted 1 or more and 0 or more"),
         ({"columns": -1}, "columns -1"),
-        ({"labels": []}, r"labels are , wanted one or more in \[0, 11\)"),
-        ({"labels": [0, 11]}, r"labels are 0, 11, wanted"),
+        ({"labels": []}, "there are no labels, wanted one or more, or None"),
+        ({"labels": [0, 11]}, "labels .* 11"),
+        ({"labels": [0, 10]}, "labels holds 10, which is no class"),
         ({"sampler": SamplerConfig(approximation="drop_masked")}, "approximation is 'drop_masked'"),
     ],
 )
