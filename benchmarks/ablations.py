@@ -1,12 +1,12 @@
-"""The paper's ablations on real digits: mask ratios (table 5), padding, unquantized inputs (table 6).
+"""The paper's ablations on digits: mask ratios (table 5), padding (appendix), unquantized inputs (table 6).
 
     python -m benchmarks.ablations [--out out/ablations] [--variants "base" "fixed ratio"]
     python -m benchmarks.ablations --smoke --out out/ablations-smoke    # an epoch of each, to try the script
 
 The demo's model and recipe, over seeds 0, 1, 2, ...; of each run the Frechet distance of samples, the linear
-probe and the loss. Runs from one token cache compare with "base", runs that see images in fresh crops
-with "images". Writes ablations.json and ablations.md into --out. A run that is done is not done again, one
-that was stopped goes on.
+probe and the loss. Runs from one token cache compare with "base", runs that see images in fresh crops with
+"images" (MAGE-C sees two a step, and its loss is the sum of both). Writes ablations.json and ablations.md
+into --out. A run that is done is not done again, one that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -293,3 +293,12 @@ def test_wrong_labels_at_the_command_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if message in line]
     assert len(lines) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_generate_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MAGE(MAGEConfig.tiny(encoder_input="features")).save_pretrained(tmp_path / "model")
+    assert main(["generate", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
+    assert 'encoder_input is "features", wanted "tokens"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

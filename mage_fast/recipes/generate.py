@@ -62,7 +62,7 @@ def run(config: GenerateConfig) -> dict[str, object]:
         InputError: a folder with images of other settings, a wrong count, guidance without a label, both
             ``label`` and ``labels``.
         OSError: a file cannot be written, as on a full disk; it names the file, and what is whole stays.
-        ValueError: a label that is none of the model's classes.
+        ValueError: a label that is none of the model's classes, a model that does not generate.
     """
     if config.count < 1 or config.batch_size < 1:
         raise InputError(f"generate: count {config.count}, batch_size {config.batch_size}: wanted 1 or more")
@@ -71,14 +71,15 @@ def run(config: GenerateConfig) -> dict[str, object]:
     if model.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer to make images with")
     labels = _labels(config)
-    model.class_ids(labels, config.count)  # a wrong label is refused before anything is written
+    # a wrong label, a model that does not generate: refused before anything is written
+    model.class_ids(labels, config.count)
+    decode = Decoding(model, config.sampler)
     _claim(config, module_fingerprint(model))
     for leftover in config.out.glob(".*.png.tmp"):  # of a run that was killed
         leftover.unlink()
     paths = [config.out / f"{index:06d}.png" for index in range(config.count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     starts = sorted({index // config.batch_size * config.batch_size for index in missing})
-    decode = Decoding(model, config.sampler)
     with PNGWriter() as writer:
         for first in progress(starts, "generate"):
             part = slice(first, min(first + config.batch_size, config.count))
