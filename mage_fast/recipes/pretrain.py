@@ -160,8 +160,8 @@ class _Pretraining:
             raise InputError(f'pretrain: encoder_input is "features", but {self.source.spec} has tokens only')
         if self.config.watch.every_epochs is not None:
             raise InputError(
-                'pretrain: encoder_input is "features", which neither samples nor reads tokens: wanted no looks '
-                "(watch.every_epochs)"
+                'pretrain: encoder_input is "features", which neither samples nor reads tokens: '
+                "watch.every_epochs wants another"
             )
 
     def _model(self, tokenizer: VQGAN) -> MAGE:
