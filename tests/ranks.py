@@ -15,17 +15,26 @@ from mage_fast.training.distributed import Processes
 from mage_fast.training.processes import in_processes
 
 
-def in_ranks(count: int, meeting: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(processes, *arguments)`` in ``count`` ranks; what each returned. ``meeting``: a new file."""
-    calls = [(function, rank, count, str(meeting), arguments) for rank in range(count)]
+def in_ranks(
+    count: int, meeting: Path, function: Callable[..., Any], *arguments: Any, seconds: float = 300.0
+) -> list[Any]:
+    """``function(processes, *arguments)`` in ``count`` ranks; what each returned.
+
+    ``meeting`` is a new file; a rank is waited for so many seconds.
+    """
+    calls = [(function, rank, count, str(meeting), seconds, arguments) for rank in range(count)]
     return [torch.load(io.BytesIO(found)) for found in in_processes(_rank, calls)]
 
 
-def _rank(function: Callable[..., Any], rank: int, count: int, meeting: str, arguments: tuple) -> bytes:
+def _rank(
+    function: Callable[..., Any], rank: int, count: int, meeting: str, seconds: float, arguments: tuple
+) -> bytes:
     torch.set_num_threads(1)
     store = dist.FileStore(meeting, count)
     group = dist.PrefixStore("group", store)
-    dist.init_process_group("gloo", store=group, rank=rank, world_size=count, timeout=timedelta(minutes=5))
+    dist.init_process_group(
+        "gloo", store=group, rank=rank, world_size=count, timeout=timedelta(seconds=seconds)
+    )
     processes = Processes(rank, count, store=dist.PrefixStore("words", store))
     try:
         with processes.naming_the_lost():

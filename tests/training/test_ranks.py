@@ -7,6 +7,8 @@ import itertools
 import math
 import os
 import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +212,15 @@ def test_processes_agree_on_the_highest_a_step_later(tmp_path: Path) -> None:
 # A rank that is lost
 
 
-def failing(processes: Processes, how: str) -> None:
+def failing(processes: Processes, how: str, others: Sequence[Path] = ()) -> None:
     for step in range(5):
         if step == 3 and processes.rank == 1:
             if how == "dies":
                 os._exit(9)
+            if how == "hangs":  # until the others have given it up
+                while not all(path.exists() for path in others):
+                    time.sleep(0.1)
+                return
             raise ValueError("no room left")
         processes.mean([1.0])
 
@@ -226,12 +232,19 @@ def survivor(processes: Processes, how: str) -> str:
 
 
 def told(processes: Processes, how: str, folder: str) -> None:
-    (Path(folder) / f"{how}-{processes.rank}").write_text(survivor(processes, how))
+    """What survivors say goes to a file, as the rank that dies ends this test's processes."""
+    others = [Path(folder) / f"{how}-{rank}" for rank in (0, 2)]
+    if processes.rank == 1:
+        failing(processes, how, others)
+    else:
+        (Path(folder) / f"{how}-{processes.rank}").write_text(survivor(processes, how))
 
 
-def test_survivors_name_the_rank_that_died(tmp_path: Path) -> None:
-    with pytest.raises(ChildProcessError, match="exit code 9"):
-        in_ranks(3, tmp_path / "meeting", told, "dies", str(tmp_path))
+def test_survivors_name_a_rank_that_hangs(tmp_path: Path) -> None:
+    in_ranks(3, tmp_path / "meeting", told, "hangs", str(tmp_path), seconds=5.0)
+    for rank in (0, 2):
+        said = (tmp_path / f"hangs-{rank}").read_text()
+        assert said.startswith(f"TrainingError: rank 1 of 3 (this is rank {rank}) died or hangs")
 
 
 def test_survivors_tell_why_a_rank_failed(tmp_path: Path) -> None:
