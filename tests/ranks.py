@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from mage_fast.training.distributed import Processes
 from mage_fast.training.processes import in_processes
+
+#: Processes forked from one that has imported everything: starting one takes seconds else.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["mage_fast.recipes.pretrain", "sklearn.datasets", "pytest", "hypothesis"])
 
 
 def in_ranks(
@@ -23,7 +29,8 @@ def in_ranks(
     ``meeting`` is a new file; a rank is waited for so many seconds.
     """
     calls = [(function, rank, count, str(meeting), seconds, arguments) for rank in range(count)]
-    return [torch.load(io.BytesIO(found)) for found in in_processes(_rank, calls)]
+    with mock.patch("mage_fast.training.processes.get_context", lambda _: FORKS):
+        return [torch.load(io.BytesIO(found)) for found in in_processes(_rank, calls)]
 
 
 def _rank(

@@ -15,8 +15,10 @@ from mage_fast.contrastive import MAGEC
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.masking import draw_plan
+from mage_fast.training.distributed import Processes
 from tests.contrastive_oracle import TEMPERATURE, WEIGHT, model
 from tests.models import draw_ids, masks
+from tests.ranks import in_ranks
 
 #: Images a rank, features of a bare call.
 IMAGES, WIDTH = 2, 5
@@ -43,10 +45,9 @@ def first_then_second(parts: list[Tensor]) -> Tensor:
     return torch.cat([view for number in range(2) for view in [v[number] for v in views]])
 
 
-def work(rank: int, ranks: int, folder: str) -> None:
+def work(processes: Processes) -> dict[str, list[Tensor]]:
     """What one rank finds: losses, and gradients with respect to its features or as DDP averages them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    rank, ranks = processes.rank, processes.count
     found: dict[str, list[Tensor]] = {}
     for dtype in DTYPES:
         for name, function in (
@@ -72,8 +73,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     z, positive = features(rank, torch.float64)
     loss = info_nce(z, positive, temperature=TEMPERATURE, group=group)
     found["group"] = [loss.detach(), *torch.autograd.grad(loss, (z, positive))]
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def bare(ranks: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -111,8 +111,7 @@ def assert_same(got: list[Tensor], wanted: list[Tensor], tolerance: float, name:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (ranks, str(tmp_path)), ranks)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    found = in_ranks(ranks, tmp_path / "meeting", work)
     for dtype, tolerance in DTYPES.items():
         for name in ("bare", "compiled"):
             results = [x[f"{name} {dtype}"] for x in found]

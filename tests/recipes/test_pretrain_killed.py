@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from multiprocessing.process import BaseProcess
@@ -14,12 +13,10 @@ import torch
 from mage_fast.recipes import pretrain
 from mage_fast.recipes.pictures import read_metrics
 from mage_fast.training.checkpoints import read_part, read_state
+from tests.ranks import FORKS
 from tests.recipes.test_pretrain_ranks import configuration, last, tokenizer  # noqa: F401 (a fixture)
 
 KILLS = 20
-#: Processes forked from one that has imported everything: twenty starts would take minutes.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mage_fast.recipes.pretrain", "sklearn.datasets"])
 
 
 def life(config: pretrain.PretrainConfig) -> None:
