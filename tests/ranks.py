@@ -29,7 +29,7 @@ def in_ranks(
     ``meeting`` is a new file; a rank is waited for so many seconds.
     """
     calls = [(function, rank, count, str(meeting), seconds, arguments) for rank in range(count)]
-    with mock.patch("mage_fast.training.processes.get_context", lambda _: FORKS):
+    with mock.patch("mage_fast.training.processes.get_context", return_value=FORKS):
         return [torch.load(io.BytesIO(found)) for found in in_processes(_rank, calls)]
 
 
