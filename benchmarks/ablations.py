@@ -4,9 +4,10 @@
     python -m benchmarks.ablations --smoke --out out/ablations-smoke    # an epoch of each, to try the script
 
 The demo's model and recipe, over seeds 0, 1, 2, ...; of each run the Frechet distance of samples, the linear
-probe and the loss. Runs from one token cache compare with "base", runs that see images in fresh crops with
-"images" (MAGE-C sees two a step, and its loss is the sum of both). Writes ablations.json and ablations.md
-into --out. A run that is done is not done again, one that was stopped goes on.
+probe and the loss. Runs compare with the one that sees the same data: "base", tokens of the images as they are;
+"images", fresh crops in each epoch; "16 views", tokens of 16 crops an image, two of which MAGE-C sees in a step.
+Writes ablations.json and ablations.md into --out. A run that is done is not done again, one that was stopped
+goes on.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     #: Other fields of :class:`pretrain.PretrainConfig`.
     settings: dict[str, Any] = field(default_factory=dict)
-    #: Tokens from the cache, or images in fresh crops.
-    cached: bool = True
+    #: Views an image of the token cache that it reads; 0: no cache, but images in fresh crops.
+    views: int = 1
     #: Whether such a model samples at all.
     generates: bool = True
 
@@ -54,9 +55,10 @@ VARIANTS = {
     "base": Variant(),
     "fixed ratio": Variant({"mask_ratio_std": 0.0, "mask_ratio_mode": 0.55}),
     "mask token": Variant({"padding": "mask_token"}),
-    "images": Variant(cached=False),
-    "unquantized": Variant({"encoder_input": "features"}, cached=False, generates=False),
-    "MAGE-C": Variant(settings={"contrastive": pretrain.ContrastiveChoices(enabled=True)}, cached=False),
+    "images": Variant(views=0),
+    "unquantized": Variant({"encoder_input": "features"}, views=0, generates=False),
+    "16 views": Variant(views=16),
+    "MAGE-C": Variant(settings={"contrastive": pretrain.ContrastiveChoices(enabled=True)}, views=16),
 }
 #: Keys of a record, their titles and how they are written.
 FIGURES = (
@@ -70,11 +72,24 @@ def measure(
     out: Path, names: Sequence[str], *, epochs: int, seeds: int, tokenizer_steps: int, images: int
 ) -> list[dict[str, Any]]:
     """Train each variant with each seed, and measure; a record a run."""
-    tokenizer, cache, device = out / "tokenizer", out / "tokens", pick_device("auto")
+    tokenizer, device = out / "tokenizer", pick_device("auto")
     train_tokenizer.run(
         train_tokenizer.TrainTokenizerConfig(data="digits", out=tokenizer, steps=tokenizer_steps)
     )
-    tokenize.run(tokenize.TokenizeConfig(data="digits", tokenizer=tokenizer, out=cache, split="train"))
+    caches = {
+        views: out / f"tokens-{views}" for views in sorted({VARIANTS[name].views for name in names} - {0})
+    }
+    for views, cache in caches.items():
+        tokenize.run(
+            tokenize.TokenizeConfig(
+                data="digits",
+                tokenizer=tokenizer,
+                out=cache,
+                split="train",
+                views=views,
+                augment="eval" if views == 1 else "weak",
+            )
+        )
     classifier: DigitClassifier | None = None
     found = []
     for seed in range(seeds):
@@ -85,7 +100,7 @@ def measure(
                 choices: dict[str, Any] = {"ratio_per": "sample"} | variant.model
                 done = pretrain.run(
                     pretrain.PretrainConfig(
-                        data=f"tokens:{cache}" if variant.cached else "digits",
+                        data=f"tokens:{caches[variant.views]}" if variant.views else "digits",
                         tokenizer=tokenizer,
                         out=folder,
                         model=pretrain.ModelChoices(**choices),
