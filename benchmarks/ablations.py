@@ -4,10 +4,10 @@
     python -m benchmarks.ablations --smoke --out out/ablations-smoke    # an epoch of each, to try the script
 
 The demo's model and recipe, over seeds 0, 1, 2, ...; of each run the Frechet distance of samples, the linear
-probe and the loss. Runs compare with the one that sees the same data: "base", tokens of the images as they are;
-"images", fresh crops in each epoch; "16 views", tokens of 16 crops an image, two of which MAGE-C sees in a step.
-Writes ablations.json and ablations.md into --out. A run that is done is not done again, one that was stopped
-goes on.
+probe and the loss. Runs compare with the one that sees the same data: "base", tokens of the images as they
+are; "images", fresh crops in each epoch; "16 views", tokens of 16 crops an image, two of which MAGE-C sees in
+a step. Writes ablations.json and ablations.md into --out. A run that is done is not done again, one that was
+stopped goes on.
 """
 
 from __future__ import annotations
