@@ -71,7 +71,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end or to a stop; returns steps, the first and last logged loss, and the folder.
 
     Started by torchrun, each process trains a share of each batch; the first one logs, saves and returns what
-    was said, the others return nothing.
+    was said, the others only what stopped them.
 
     Raises:
         InputError: an unknown source, a cache of another tokenizer, a folder that holds another run.
@@ -98,7 +98,8 @@ class _Pretraining:
         self.decoder = None if config.decode == "cpu" else NvImageCodec(device)
         self.split = processes.count * config.processes.accumulate
         if config.batch_size is None and len(self.source) < recipe.batch_size:
-            recipe = dataclasses.replace(recipe, batch_size=len(self.source) // self.split * self.split)
+            fitting = max(len(self.source) // self.split, 1) * self.split
+            recipe = dataclasses.replace(recipe, batch_size=fitting)
         if recipe.batch_size % self.split:
             raise InputError(
                 f"pretrain: batch_size is {recipe.batch_size}, wanted a multiple of {self.split}: "

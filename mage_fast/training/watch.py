@@ -53,7 +53,8 @@ class OnlineProbe:
 
     Raises:
         InputError: data without labels or of other classes, none of it readable, a cache of another
-            tokenizer or codebook, images for a model without a tokenizer, numbers out of range.
+            tokenizer or codebook, images for a model without a tokenizer, a model that sees features, numbers
+            out of range.
     """
 
     def __init__(
@@ -70,6 +71,11 @@ class OnlineProbe:
     ) -> None:
         if kind not in ("knn", "linear"):
             raise InputError(f"probe is {kind!r}, wanted knn or linear")
+        if model.config.encoder_input != "tokens":
+            raise InputError(
+                f'probe: the model\'s encoder_input is "{model.config.encoder_input}", wanted "tokens": the '
+                "data is kept as ids, which this model's encoder does not see"
+            )
         if min(train_items, test_items, batch_size) < 1:
             raise InputError(
                 f"probe: train_items {train_items}, test_items {test_items}, batch_size {batch_size}: "

@@ -165,6 +165,10 @@ def test_bad_combinations_are_refused_before_any_work(tokenizer: Path, tmp_path:
         ({"checkpoints": CheckpointChoices(keep_last=0)}, "keep_last 0"),
         ({"ema_decay": 1.0}, r"decay is 1.0, wanted 0 <= decay < 1"),
         ({"resume": tmp_path / "nowhere"}, "there is no checkpoint"),
+        (
+            {"batch_size": None, "preset": "vit_b", "processes": ProcessChoices(accumulate=1500)},
+            "digits has 1438 items, wanted at least batch_size 1500",
+        ),
     ):
         with pytest.raises(InputError, match=error):
             pretrain.run(configuration(tokenizer, tmp_path / "run", **changes))

@@ -342,3 +342,5 @@ def test_a_probe_refuses_numbers_and_models_at_once(model: MAGE) -> None:
         probe(model, train_items=1)
     with pytest.raises(InputError, match="digits holds images, but the model has no tokenizer"):
         probe(MAGE(tiny()))
+    with pytest.raises(InputError, match='encoder_input is "features", wanted "tokens"'):
+        probe(MAGE(MAGEConfig.tiny(encoder_input="features")))
