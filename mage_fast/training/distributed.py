@@ -188,11 +188,11 @@ def torchrun_processes(device: torch.device, timeout_seconds: float = 600.0) -> 
         timeout=timedelta(seconds=timeout_seconds),
     )
     processes = Processes(rank, count, device, dist.PrefixStore("words", store))
-    try:
-        with processes.naming_the_lost():
-            yield processes
-    finally:
-        dist.destroy_process_group()
+    with processes.naming_the_lost():
+        yield processes
+    # Not after an error: NCCL's group waits for ranks that will not come, and nobody would read the error.
+    # What it holds ends with the process.
+    dist.destroy_process_group()
 
 
 def parallelized(model: MAGE, processes: Processes, how: Parallel) -> DistributedDataParallel | None:
