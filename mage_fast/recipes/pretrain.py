@@ -46,7 +46,7 @@ from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 from mage_fast.training.sources import Source, TokenSource
 from mage_fast.training.step import MicroBatch, TrainStep
 from mage_fast.training.throughput import Throughput, flops_per_image, peak_flops
-from mage_fast.training.trackers import Tracker
+from mage_fast.training.trackers import open_tracker
 from mage_fast.training.watch import OnlineProbe, Watch
 
 __all__ = [
@@ -163,9 +163,7 @@ class _Pretraining:
 
     def run(self) -> dict[str, Any]:
         config, processes = self.config, self.processes
-        tracker = None
-        if config.tracker != "none" and processes.is_main:
-            tracker = Tracker(config.tracker, config=self.folder.settings)
+        tracker = open_tracker(config.tracker, config=self.folder.settings) if processes.is_main else None
         start_step = self.folder.resume(config.resume)
         watch = self._watch()
         self.model.train()

@@ -53,24 +53,17 @@ class Processes:
         """Whether this is the process that writes logs and checkpoints' names."""
         return self.rank == 0
 
-    def highest(self, values: Sequence[float]) -> list[float]:
-        """The highest of each value over all processes; waits for them."""
-        return self._reduced(values, dist.ReduceOp.MAX)
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all processes; waits for them."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        if self.count == 1 or not values:
+            return list(values)
+        values_N = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(values_N)
+        return values_N.tolist()
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over all processes; waits for them."""
         return [value / self.count for value in self.sum(values)]
-
-    def _reduced(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
-        if self.count == 1 or not values:
-            return list(values)
-        values_N = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(values_N, operation)
-        return values_N.tolist()
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:

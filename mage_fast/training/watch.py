@@ -116,7 +116,7 @@ class Watch:
     """Looks at a model every so many steps: a picture of samples and, if wanted, a probe.
 
     >>> watch = Watch(model, "out/pretrain", every_steps=1000, probe=OnlineProbe(model, "knn", train, test))
-    >>> if watch.due(step):
+    >>> if step % watch.every_steps == 0:
     ...     metrics |= watch(step, model_with_whole_or_averaged_weights)
 
     Pictures are ``samples/step-000001000.png``, of the same noise each time, so that they show progress. In
@@ -175,10 +175,6 @@ class Watch:
     def rows(self) -> int:
         """Rows of a picture."""
         return self.columns if self.labels is None else len(self.labels)
-
-    def due(self, step: int) -> bool:
-        """Whether to look after ``step`` steps."""
-        return step % self.every_steps == 0
 
     def picture(self, step: int) -> Path:
         """Where the picture after ``step`` steps is."""
