@@ -203,7 +203,7 @@ class _Window:
                 if name in self.finite and not math.isfinite(value) and error is None:
                     error = f"train: {name} is {value} at step {step}; {self._advice()}"
         means = [math.fsum(found) / len(found) if found else math.nan for found in by_name.values()]
-        together = dict(zip(by_name, self.processes.mean([*means, float(error is not None)]), strict=False))
+        together = dict(zip(by_name, self.processes.mean(means), strict=True))
         if error is not None:
             raise TrainingError(error)
         for name in self.finite:

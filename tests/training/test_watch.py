@@ -199,6 +199,17 @@ def test_damaged_images_are_left_out(model: MAGE, zoo: Path) -> None:
     assert found(model)["knn_top1"] > 0
 
 
+def test_held_out_data_may_lack_the_last_classes(model: MAGE, tmp_path: Path) -> None:
+    names = digits("train").class_names
+    train, test = (
+        open_source(cache(tmp_path / split, model, split, class_names=known), split=split)  # type: ignore[arg-type]
+        for split, known in (("train", (*names, "10")), ("test", names))
+    )
+    options: dict[str, Any] = {"train_items": 150, "test_items": 60}
+    wanted = probe(model, **options)(model)
+    assert OnlineProbe(model, "knn", train, test, **options)(model) == wanted
+
+
 # Pictures
 
 
