@@ -46,7 +46,7 @@ from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 from mage_fast.training.sources import Source, TokenSource
 from mage_fast.training.step import MicroBatch, TrainStep
 from mage_fast.training.throughput import Throughput, flops_per_image, peak_flops
-from mage_fast.training.trackers import Tracker
+from mage_fast.training.trackers import open_tracker
 from mage_fast.training.watch import OnlineProbe, Watch
 
 __all__ = [
@@ -71,7 +71,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end or to a stop; returns steps, the first and last logged loss, and the folder.
 
     Started by torchrun, each process trains a share of each batch; the first one logs, saves and returns what
-    was said, the others return nothing.
+    was said, the others only what stopped them.
 
     Raises:
         InputError: an unknown source, a cache of another tokenizer, a folder that holds another run.
@@ -98,7 +98,8 @@ class _Pretraining:
         self.decoder = None if config.decode == "cpu" else NvImageCodec(device)
         self.split = processes.count * config.processes.accumulate
         if config.batch_size is None and len(self.source) < recipe.batch_size:
-            recipe = dataclasses.replace(recipe, batch_size=len(self.source) // self.split * self.split)
+            fitting = max(len(self.source) // self.split, 1) * self.split
+            recipe = dataclasses.replace(recipe, batch_size=fitting)
         if recipe.batch_size % self.split:
             raise InputError(
                 f"pretrain: batch_size is {recipe.batch_size}, wanted a multiple of {self.split}: "
@@ -173,9 +174,7 @@ class _Pretraining:
 
     def run(self) -> dict[str, Any]:
         config, processes = self.config, self.processes
-        tracker = None
-        if config.tracker != "none" and processes.is_main:
-            tracker = Tracker(config.tracker, config=self.folder.settings)
+        tracker = open_tracker(config.tracker, config=self.folder.settings) if processes.is_main else None
         start_step = self.folder.resume(config.resume)
         watch = self._watch()
         self.model.train()

@@ -195,12 +195,19 @@ class PretrainConfig:
             )
         for name, value in (
             ("processes.accumulate", self.processes.accumulate),
+            ("processes.timeout", self.processes.timeout),
             ("max_skipped", self.max_skipped),
+            ("log_every", self.log_every),
             ("watch.every_epochs", self.watch.every_epochs),
             ("checkpoints.every", self.checkpoints.every),
         ):
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise InputError(f"pretrain: {name} is {value}, wanted 1 or more")
+        if self.graph and self.processes.accumulate > 1:
+            raise InputError(
+                f"pretrain: graph with processes.accumulate {self.processes.accumulate}, wanted 1: a graph "
+                "holds a whole step"
+            )
         if self.contrastive.enabled and self.processes.accumulate > 1:
             raise InputError(
                 f"pretrain: contrastive with processes.accumulate {self.processes.accumulate}, wanted 1: "

@@ -53,24 +53,17 @@ class Processes:
         """Whether this is the process that writes logs and checkpoints' names."""
         return self.rank == 0
 
-    def highest(self, values: Sequence[float]) -> list[float]:
-        """The highest of each value over all processes; waits for them."""
-        return self._reduced(values, dist.ReduceOp.MAX)
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all processes; waits for them."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        if self.count == 1 or not values:
+            return list(values)
+        values_N = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(values_N)
+        return values_N.tolist()
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over all processes; waits for them."""
         return [value / self.count for value in self.sum(values)]
-
-    def _reduced(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
-        if self.count == 1 or not values:
-            return list(values)
-        values_N = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(values_N, operation)
-        return values_N.tolist()
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
@@ -188,11 +181,11 @@ def torchrun_processes(device: torch.device, timeout_seconds: float = 600.0) -> 
         timeout=timedelta(seconds=timeout_seconds),
     )
     processes = Processes(rank, count, device, dist.PrefixStore("words", store))
-    try:
-        with processes.naming_the_lost():
-            yield processes
-    finally:
-        dist.destroy_process_group()
+    with processes.naming_the_lost():
+        yield processes
+    # Not after an error: NCCL's group waits for ranks that will not come, and nobody would read the error.
+    # What it holds ends with the process.
+    dist.destroy_process_group()
 
 
 def parallelized(model: MAGE, processes: Processes, how: Parallel) -> DistributedDataParallel | None:

@@ -109,7 +109,7 @@ def train(
         return result
     processes = processes or Processes()
     window = _Window(finite, skips, start_step, processes)
-    saved_step, saved_at, asked = start_step, time.monotonic(), False
+    saved_at, asked = time.monotonic(), False
     batches = batches_from(start_step)
     if throughput is not None:
         batches = throughput.batches(batches)
@@ -146,9 +146,9 @@ def train(
                 if save_now:
                     with nullcontext() if throughput is None else throughput.paused():
                         save(done)
-                    window.saved_step = saved_step = done
+                    window.saved_step = done
                     saved_at, asked = time.monotonic(), False
-                if number and saved_step == done:
+                if number and done < total_steps:  # else it is done, and nothing was stopped
                     result.stopped_by = _name(int(number))
                     break
             agreement.settle()
@@ -203,7 +203,7 @@ class _Window:
                 if name in self.finite and not math.isfinite(value) and error is None:
                     error = f"train: {name} is {value} at step {step}; {self._advice()}"
         means = [math.fsum(found) / len(found) if found else math.nan for found in by_name.values()]
-        together = dict(zip(by_name, self.processes.mean([*means, float(error is not None)]), strict=False))
+        together = dict(zip(by_name, self.processes.mean(means), strict=True))
         if error is not None:
             raise TrainingError(error)
         for name in self.finite:

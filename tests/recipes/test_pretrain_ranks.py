@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -161,10 +162,17 @@ def test_bad_combinations_are_refused_before_any_work(tokenizer: Path, tmp_path:
             "contrastive with processes.accumulate 2, wanted 1",
         ),
         ({"processes": ProcessChoices(accumulate=0)}, "processes.accumulate is 0, wanted 1 or more"),
+        ({"processes": ProcessChoices(timeout=math.nan)}, "processes.timeout is nan, wanted 1 or more"),
+        ({"graph": True, "processes": ProcessChoices(accumulate=2)}, "graph with processes.accumulate 2"),
         ({"max_skipped": 0}, "max_skipped is 0, wanted 1 or more"),
+        ({"log_every": 0}, "log_every is 0, wanted 1 or more"),
         ({"checkpoints": CheckpointChoices(keep_last=0)}, "keep_last 0"),
         ({"ema_decay": 1.0}, r"decay is 1.0, wanted 0 <= decay < 1"),
         ({"resume": tmp_path / "nowhere"}, "there is no checkpoint"),
+        (
+            {"batch_size": None, "preset": "vit_b", "processes": ProcessChoices(accumulate=1500)},
+            "digits has 1438 items, wanted at least batch_size 1500",
+        ),
     ):
         with pytest.raises(InputError, match=error):
             pretrain.run(configuration(tokenizer, tmp_path / "run", **changes))

@@ -140,6 +140,9 @@ def test_a_signal_finishes_the_step_saves_and_returns(
     result = train(step_fn, total_steps=7, batches_from=batches_from, save=saves.append, start_step=5)
     assert finished == [0, 1, 2, 3, 4, 5, 6]
     assert saves == [5, 7]
+    finished.clear()  # in the last of all steps a signal has nothing to stop
+    result = train(step_fn, total_steps=5, batches_from=batches_from, save=saves.append)
+    assert (finished, result.step, result.stopped_by) == ([0, 1, 2, 3, 4], 5, None)
 
 
 def test_a_second_interrupt_stops_at_once() -> None:

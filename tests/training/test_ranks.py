@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,7 +24,7 @@ from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import plan_of_mask
 from mage_fast.model import MAGE
 from mage_fast.training import distributed
-from mage_fast.training.distributed import Agreement, Processes, parallelized
+from mage_fast.training.distributed import Agreement, Processes, parallelized, torchrun_processes
 from mage_fast.training.loop import Skips, train
 from mage_fast.training.optim import Ema, build_adamw
 from mage_fast.training.step import MicroBatch, TrainStep
@@ -253,6 +254,20 @@ def test_survivors_tell_why_a_rank_failed(tmp_path: Path) -> None:
     found = in_ranks(3, tmp_path / "meeting", survivor, "raises")
     assert found[1] == "ValueError: no room left"
     assert found[0] == found[2] == "TrainingError: stopped, as rank 1 failed: ValueError: no room left"
+
+
+def test_an_error_is_told_before_the_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's would wait in its end for ranks that never come there."""
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in (environment | {"TORCHELASTIC_RUN_ID": "test"}).items():
+        monkeypatch.setenv(name, value)
+    with torchrun_processes(torch.device("cpu")):
+        assert dist.is_initialized()
+    assert not dist.is_initialized()
+    with pytest.raises(ValueError, match="no room left"), torchrun_processes(torch.device("cpu")):
+        raise ValueError("no room left")
+    assert dist.is_initialized()
+    dist.destroy_process_group()
 
 
 # Refusals
