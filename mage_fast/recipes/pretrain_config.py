@@ -75,8 +75,8 @@ class ProcessChoices:
     parallel: Parallel = "ddp"
     #: Micro-batches that each computes one after the other before an optimizer step.
     accumulate: int = 1
-    #: Seconds that a process is waited for before the run is given up.
-    timeout: float = 600.0
+    #: Seconds that a process is waited for before the run is given up; the first one looks and saves in them.
+    timeout: float = 1800.0
 
 
 @dataclass(frozen=True)

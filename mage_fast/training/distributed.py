@@ -138,6 +138,11 @@ class Agreement:
         self._posted = tensor, work
         return before
 
+    def wait(self) -> None:
+        """Wait until all processes have posted what this one has: whoever is lost is met here, and named."""
+        if self._posted is not None:
+            self._posted[1].wait()
+
     def settle(self) -> list[float] | None:
         """The highest of the values last posted, waiting for them; None if there are none."""
         if self._posted is None:
@@ -149,7 +154,7 @@ class Agreement:
 
 
 @contextmanager
-def torchrun_processes(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[Processes]:
+def torchrun_processes(device: torch.device, timeout_seconds: float = 1800.0) -> Iterator[Processes]:
     """The processes of torchrun with their group (gloo for the CPU, NCCL for CUDA), or this one alone.
 
     Args:

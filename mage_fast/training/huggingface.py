@@ -65,6 +65,10 @@ class HuggingFaceSource(Source):
         held_out = next((name for name in HELD_OUT if name in parts), None)
         train = "train" if "train" in parts else next(iter(parts))
         if part:
+            if split == "test":
+                raise InputError(
+                    f"data {spec!r} names one split, so nothing is held out: wanted hf:NAME alone"
+                )
             return parts[part], "all"
         if split == "test" and held_out:
             return parts[held_out], "all"

@@ -133,6 +133,7 @@ def train(
                 )
                 evaluate = evaluation is not None and done % evaluation.every_steps == 0
                 if save_now or evaluate or done == start_step + 1 or done % log_every == 0:
+                    agreement.wait()  # where a process is lost the device would be waited for in vain
                     result.last = window.close()
                     result.skipped += int(result.last.get("skipped", 0))
                     result.first = result.first or result.last

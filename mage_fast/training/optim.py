@@ -115,7 +115,7 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
 class Ema:
     """Exponential moving average of a model's state: ``average += (1 - decay) * (value - average)``.
 
-    Floating-point parameters are averaged in their own dtype; buffers are copied.
+    Trained parameters are averaged in their own dtype, buffers are copied; frozen parameters are left out.
 
     Raises:
         InputError: ``decay`` outside [0, 1).
@@ -125,7 +125,8 @@ class Ema:
         if not 0 <= decay < 1:
             raise InputError(f"Ema: decay is {decay}, wanted 0 <= decay < 1")
         self.decay = decay
-        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {name: p.detach().clone() for name, p in trained.items()}
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         # one call takes plain tensors or FSDP2's DTensors, not both
         kinds: dict[type, list[str]] = {}
@@ -147,10 +148,10 @@ class Ema:
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Within the block, ``model`` computes with the average."""
         _reshard(model)
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        own, average = {**dict(model.named_parameters()), **dict(model.named_buffers())}, self.state_dict()
         with torch.no_grad():
-            kept = {name: value.clone() for name, value in own.items()}
-            _copy(own, self.state_dict())
+            kept = {name: own[name].clone() for name in average}
+            _copy(own, average)
         try:
             yield
         finally:

@@ -63,7 +63,9 @@ def test_hugging_face_source_reads_splits_and_columns(
     source = open_source("hf:owner/pets")
     assert (len(source), source.class_names) == (10, ("cat", "dog"))
     assert len(open_source("hf:owner/pets", split="test")) == 2
-    assert len(open_source("hf:owner/pets:train", split="test")) == 10
+    assert len(open_source("hf:owner/pets:validation")) == 2
+    with pytest.raises(InputError, match="names one split, so nothing is held out"):
+        open_source("hf:owner/pets:train", split="test")
     (batch,) = batches(source, 10, image_size=16, shuffle=False)
     assert len(batch.labels) == 9
     assert list(source.bad_files) == ["hf:owner/pets[3]"]
