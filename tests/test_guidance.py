@@ -83,10 +83,10 @@ def by_hand(
     return out
 
 
-@pytest.mark.parametrize("padding", ["class_token", "mask_token"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @few
 @given(
+    padding=st.sampled_from(["class_token", "mask_token"]),
     labels=st.lists(st.integers(0, 9), min_size=1, max_size=4),
     scale=st.sampled_from([-0.5, 1.0, 3.0]),
     known=st.sampled_from([0, 6]),

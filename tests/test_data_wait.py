@@ -1,4 +1,4 @@
-"""The benchmarks of pre-training run, on sizes too small to mean anything."""
+"""The benchmark of waiting for data runs, on sizes too small to mean anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import data_wait, guidance
+from benchmarks import data_wait
 
 
 def test_waiting_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,9 +17,3 @@ def test_waiting_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     records = json.loads((tmp_path / "data_wait.json").read_text())["records"]
     assert len(records) == 3
     assert all(0 <= r["data_wait"] <= 1 and r["images_per_second"] > 0 for r in records)
-
-
-def test_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["guidance", "--smoke", "--out", str(tmp_path / "guidance.json")])
-    guidance.main()
-    assert (tmp_path / "guidance.json").exists()
