@@ -131,12 +131,12 @@ def measure(
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row a variant, a column a figure, means with the least and the greatest over seeds."""
-    seeds, epochs = len({r["seed"] for r in records}), sorted({r["epochs"] for r in records})
+    epochs = sorted({r["epochs"] for r in records})
     lines = [
-        f"| {seeds} seeds, {', '.join(map(str, epochs))} epochs | "
+        f"| {', '.join(map(str, epochs))} epochs | seeds | "
         + " | ".join(title for _, title, _ in FIGURES)
         + " |",
-        "|---|--:|--:|--:|",
+        "|---|--:|--:|--:|--:|",
     ]
     for name in dict.fromkeys(r["variant"] for r in records):
         mine = [r for r in records if r["variant"] == name]
@@ -144,7 +144,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             spread((r[key] for r in mine), form) if all(key in r for r in mine) else "does not generate"
             for key, _, form in FIGURES
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
