@@ -142,6 +142,15 @@ def split_indices(
     return np.flatnonzero(is_test if split == "test" else ~is_test)
 
 
+def split_folders(root: Path, split: Split) -> list[Path]:
+    """The folders of a split where ``root`` holds ``train`` with ``val`` or ``test``; else none."""
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    train = root / "train"
+    if held_out is None or not train.is_dir():
+        return []
+    return {"train": [train], "test": [held_out], "all": [train, held_out]}[split]
+
+
 class DigitsSource(Source):
     """scikit-learn's 1797 handwritten digits: 8 x 8 pixels in 17 levels, scaled (bicubic) to ``image_size``.
 
@@ -197,16 +206,12 @@ class FolderSource(Source):
         super().__init__(spec, [], [])
         self._resolved = self.root.resolve()
         self._ignored: list[str] = []
-        held_out = next((name for name in ("val", "test") if (self.root / name).is_dir()), None)
-        if held_out and (self.root / "train").is_dir():
-            wanted = {"train": ("train",), "test": (held_out,), "all": ("train", held_out)}[split]
-            found = [item for part in wanted for item in self._scan(part)]
-            split = "all"
-            # a class that one of the two lacks has its number in both
-            folders = [path for part in ("train", held_out) for path in (self.root / part).iterdir()]
-            classes = {x.name for x in folders if x.is_dir() and x.name[0] != "." and not x.is_symlink()}
-        else:
-            found, classes = self._scan(""), set()
+        parts = split_folders(self.root, split)
+        found = [item for part in parts or [self.root] for item in self._scan(part)]
+        split = "all" if parts else split
+        # a class that one of the parts lacks has its number in both
+        folders = [path for part in split_folders(self.root, "all") for path in part.iterdir()]
+        classes = {x.name for x in folders if x.is_dir() and x.name[0] != "." and not x.is_symlink()}
         if not found:
             others = [*self._ignored, *self.bad_files]
             example = f"; it holds {len(others)} other files, as {others[0]}" if others else ""
@@ -222,10 +227,9 @@ class FolderSource(Source):
             raise InputError(f"data {spec!r}: the {split} split of {len(files)} images is empty")
         log.info("%s: %d images, %d classes, split %s", spec, len(self), self.num_classes, split)
 
-    def _scan(self, part: str) -> list[tuple[str, str]]:
+    def _scan(self, start: Path) -> list[tuple[str, str]]:
         """(class name, path from the root) of every image under a part of the root, in a fixed order."""
         found = []
-        start = self.root / part
         for folder, subfolders, files in os.walk(start):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             inside = Path(folder).relative_to(start)

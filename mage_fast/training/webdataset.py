@@ -17,7 +17,7 @@ import numpy as np
 from mage_fast.errors import InputError
 from mage_fast.training.augment import require_size
 from mage_fast.training.images import EXTENSIONS, UnreadableImage, header_size
-from mage_fast.training.sources import Source, Split, split_indices
+from mage_fast.training.sources import Source, Split, split_folders, split_indices
 from mage_fast.training.tar_shards import ShardReader, expand_braces, members
 
 #: Largest label: every class up to the largest label has a name, seen or not.
@@ -90,11 +90,8 @@ class WebDatasetSource(Source):
         """The shards to read, and how to divide what is in them further."""
         root = Path(path).expanduser()
         if path and root.is_dir():
-            held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
-            folders = [root]
-            if held_out and (root / "train").is_dir():
-                parts = {"train": ("train",), "test": (held_out,), "all": ("train", held_out)}[split]
-                folders, split = [root / part for part in parts], "all"
+            parts = split_folders(root, split)
+            folders, split = parts or [root], "all" if parts else split
             shards = [file for folder in folders for file in sorted(folder.glob("*.tar"))]
             shards = [shard for shard in shards if not shard.name.startswith(".")]
             if not shards:
