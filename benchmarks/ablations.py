@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.encoder_modes import spread
 from mage_fast.files import atomic_path, write_json
 from mage_fast.recipes import pretrain, tokenize, train_tokenizer
 from mage_fast.recipes.classifier import DigitClassifier
@@ -69,7 +69,13 @@ FIGURES = (
 
 
 def measure(
-    out: Path, names: Sequence[str], *, epochs: int, seeds: int, tokenizer_steps: int, images: int
+    out: Path,
+    variants: Mapping[str, Variant],
+    *,
+    epochs: int,
+    seeds: int,
+    tokenizer_steps: int,
+    images: int,
 ) -> list[dict[str, Any]]:
     """Train each variant with each seed, and measure; a record a run."""
     tokenizer, device = out / "tokenizer", pick_device("auto")
@@ -77,7 +83,8 @@ def measure(
         train_tokenizer.TrainTokenizerConfig(data="digits", out=tokenizer, steps=tokenizer_steps)
     )
     caches = {
-        views: out / f"tokens-{views}" for views in sorted({VARIANTS[name].views for name in names} - {0})
+        views: out / f"tokens-{views}"
+        for views in sorted({variant.views for variant in variants.values()} - {0})
     }
     for views, cache in caches.items():
         tokenize.run(
@@ -93,8 +100,7 @@ def measure(
     classifier: DigitClassifier | None = None
     found = []
     for seed in range(seeds):
-        for name in names:
-            variant = VARIANTS[name]
+        for name, variant in variants.items():
             folder = out / f"{name.replace(' ', '-').lower()}-{epochs}-epochs-seed-{seed}"
             if not (folder / RESULT).exists():
                 choices: dict[str, Any] = {"ratio_per": "sample"} | variant.model
@@ -127,6 +133,13 @@ def measure(
                 write_json(folder / RESULT, record)
             found.append(json.loads((folder / RESULT).read_text(encoding="utf-8")))
     return found
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """Mean, least and greatest, each written as ``form`` says."""
+    found = list(values)
+    low, mean, high = (form.format(f(found)) for f in (min, statistics.mean, max))
+    return f"{mean} ({low} to {high})"
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -165,7 +178,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     records = measure(
         options.out,
-        options.variants,
+        {name: VARIANTS[name] for name in options.variants},
         epochs=options.epochs,
         seeds=options.seeds,
         tokenizer_steps=options.tokenizer_steps,

@@ -11,76 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.ablations import FIGURES, Variant, measure, spread
 from mage_fast.benchmark.timing import by_the_clock
 from mage_fast.benchmark.training import BATCH, our_step
 from mage_fast.config import MAGEConfig
 from mage_fast.files import atomic_path, write_json
 from mage_fast.model import MAGE
-from mage_fast.recipes import pretrain, tokenize, train_tokenizer
-from mage_fast.recipes.classifier import DigitClassifier
-from mage_fast.recipes.demo import FRECHET_IMAGES, SAMPLER, images_of
-from mage_fast.recipes.loading import load_model
-from mage_fast.recipes.probe import ProbeConfig
-from mage_fast.recipes.probe import run as probe
-from mage_fast.sampler import SamplerConfig, generate, generate_ids
-from mage_fast.training.metrics import frechet_distance
+from mage_fast.recipes.demo import FRECHET_IMAGES
+from mage_fast.sampler import SamplerConfig, generate_ids
 from mage_fast.training.run import pick_device
 
-MODES = ("paper", "unmasked")
-RESULT = "encoder_mode.json"
-
-
-def quality(out: Path, *, epochs: int, seeds: int, tokenizer_steps: int, images: int) -> list[dict[str, Any]]:
-    """Train the demo's model in each mode from one token cache, and measure; a record a run."""
-    tokenizer, cache, device = out / "tokenizer", out / "tokens", pick_device("auto")
-    train_tokenizer.run(
-        train_tokenizer.TrainTokenizerConfig(data="digits", out=tokenizer, steps=tokenizer_steps)
-    )
-    tokenize.run(tokenize.TokenizeConfig(data="digits", tokenizer=tokenizer, out=cache, split="train"))
-    classifier: DigitClassifier | None = None
-    found = []
-    for seed in range(seeds):
-        for mode in MODES:
-            folder = out / f"{mode}-{epochs}-epochs-seed-{seed}"
-            if not (folder / RESULT).exists():
-                done = pretrain.run(
-                    pretrain.PretrainConfig(
-                        data=f"tokens:{cache}",
-                        tokenizer=tokenizer,
-                        out=folder,
-                        model=pretrain.ModelChoices(ratio_per="sample", encoder_tokens=mode),  # type: ignore[arg-type]
-                        epochs=epochs,
-                        warmup_epochs=min(epochs, 2),
-                        seed=seed,
-                    )
-                )
-                if done["stopped_by"]:
-                    sys.exit(f"{done['stopped_by']}: the same command goes on")
-                model = load_model(folder, device)
-                assert model.config.tokenizer is not None
-                real, labels = images_of("train", model.config.tokenizer.image_size, device)
-                if classifier is None:
-                    classifier = DigitClassifier.trained(real, labels, seed=0)
-                samples = generate(model, images, config=SAMPLER, seed=seed, batch_size=128)
-                write_json(
-                    folder / RESULT,
-                    {
-                        **{"mode": mode, "seed": seed, "epochs": epochs, "loss": done["loss_last"]},
-                        "frechet": frechet_distance(classifier.features(samples), classifier.features(real)),
-                        "probe": probe(ProbeConfig(model=folder))["test_top1"],
-                    },
-                )
-            found.append(json.loads((folder / RESULT).read_text(encoding="utf-8")))
-    return found
+#: By mode what it changes of the demo's run.
+MODES = {"paper": Variant(), "unmasked": Variant({"encoder_tokens": "unmasked"})}
 
 
 def speed(*, seconds: float, smoke: bool) -> list[dict[str, Any]]:
@@ -122,25 +71,14 @@ def table(quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(f"`{mode}`" for mode in MODES) + " |", "|---|--:|--:|"]
     if quality:
         seeds, epochs = len({r["seed"] for r in quality}), quality[0]["epochs"]
-        for key, label, form in (
-            ("frechet", "Frechet distance of samples", "{:.1f}"),
-            ("probe", "linear probe, held-out digits", "{:.1%}"),
-            ("loss", "pre-training loss, last", "{:.3f}"),
-        ):
-            cells = (spread((r[key] for r in quality if r["mode"] == mode), form) for mode in MODES)
+        for key, label, form in FIGURES:
+            cells = (spread((r[key] for r in quality if r["variant"] == mode), form) for mode in MODES)
             lines.append(f"| {label} ({seeds} seeds, {epochs} epochs) | {' | '.join(cells)} |")
     for name in dict.fromkeys(r["name"] for r in speed):
         of = {r["mode"]: r for r in speed if r["name"] == name}
         cells = (f"{of[mode]['median_ms']:.0f} ms" for mode in MODES)
         lines.append(f"| ViT-B {name}, batch {of['paper']['batch']}, bfloat16 | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def spread(values: Iterable[float], form: str) -> str:
-    """Mean, and the least and the greatest."""
-    found = list(values)
-    low, mean, high = (form.format(f(found)) for f in (min, statistics.mean, max))
-    return f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -160,8 +98,9 @@ def main() -> None:
     path = options.out / "encoder_modes.json"
     found = {"quality": [], "speed": []} | (json.loads(path.read_text("utf-8")) if path.exists() else {})
     if options.part == "quality":
-        found["quality"] = quality(
+        found["quality"] = measure(
             options.out,
+            MODES,
             epochs=options.epochs,
             seeds=options.seeds,
             tokenizer_steps=options.tokenizer_steps,
