@@ -43,7 +43,7 @@ from mage_fast.training.precision import autocast
 from mage_fast.training.run import CHECKPOINTS, Run, pick_device
 from mage_fast.training.run_state import Part, module_fingerprint
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
-from mage_fast.training.sources import Source, TokenSource
+from mage_fast.training.sources import TokenSource
 from mage_fast.training.step import MicroBatch, TrainStep
 from mage_fast.training.throughput import Throughput, flops_per_image, peak_flops
 from mage_fast.training.trackers import open_tracker
@@ -291,8 +291,11 @@ class _Pretraining:
         probe = None
         if choices.probe != "none" and self.processes.is_main:
             spec, size = choices.data or self.config.data, self.source.image_size
-            parts: list[Source] = [open_source(spec, image_size=size, split=s) for s in ("train", "test")]
-            probe = OnlineProbe(self.model, choices.probe, *parts, workers=self.config.workers)
+            train = self.source  # opening it reads every name, of shards every header
+            if (spec, self.config.split) != (self.config.data, "train"):
+                train = open_source(spec, image_size=size, split="train")
+            test = open_source(spec, image_size=size, split="test")
+            probe = OnlineProbe(self.model, choices.probe, train, test, workers=self.config.workers)
         labels = range(min(self.source.num_classes, 10)) if self.config.conditional else None
         every = choices.every_epochs * self.steps_an_epoch
         watch = Watch(self.model, self.config.out, every, columns=choices.columns, labels=labels, probe=probe)
