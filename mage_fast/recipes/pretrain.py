@@ -95,6 +95,8 @@ class _Pretraining:
         fingerprint = module_fingerprint(tokenizer)
         if isinstance(self.source, TokenSource):
             _check_cache(self.source, tokenizer, fingerprint)
+        self.views = 2 if config.contrastive.enabled else 1
+        self.source.require_views(self.views)
         self.decoder = None if config.decode == "cpu" else NvImageCodec(device)
         self.split = processes.count * config.processes.accumulate
         if config.batch_size is None and len(self.source) < recipe.batch_size:
@@ -179,10 +181,9 @@ class _Pretraining:
         watch = self._watch()
         self.model.train()
         tokenizes = self.source.kind == "images"
-        views = 2 if config.contrastive.enabled else 1
         throughput = Throughput(
             self.recipe.batch_size,
-            flops_per_image=views * flops_per_image(self.sizes, tokenizes=tokenizes),
+            flops_per_image=self.views * flops_per_image(self.sizes, tokenizes=tokenizes),
             peak_flops=peak_flops(processes.device, config.precision, processes.count),
             device=processes.device,
         )
@@ -260,7 +261,7 @@ class _Pretraining:
             step=step,
             split=self.split,
             shares=range(self.processes.rank, self.split, self.processes.count),
-            views=2 if config.contrastive.enabled else 1,
+            views=self.views,
             seed=config.seed,
             augment=self.recipe.augment,
             workers=config.workers,

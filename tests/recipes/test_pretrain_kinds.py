@@ -49,6 +49,7 @@ def test_contrastive_from_a_cache_of_views(tokenizer: Path, tmp_path: Path) -> N
     tokenize.run(tokenize.TokenizeConfig(tokenizer=tokenizer, out=one, split="train"))
     with pytest.raises(InputError, match=r"1 view"):
         pretrain.run(configuration(tokenizer, tmp_path / "other", **chosen | {"data": f"tokens:{one}"}))
+    assert not (tmp_path / "other").exists()
 
 
 def test_labels_after_an_unconditional_start(tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
