@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mage_fast.decoding import Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
 from mage_fast.errors import InputError
 from mage_fast.files import write_json
 from mage_fast.recipes.loading import Precision, load_model, precision_context
 from mage_fast.recipes.pictures import write_grid
+from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.images import read_rgb
 from mage_fast.training.logs import progress
 from mage_fast.training.metrics import save_png, to_uint8
