@@ -147,10 +147,11 @@ def _tokenizer(config: EvaluateConfig, device: torch.device) -> tuple[list[Score
     size = tokenizer.config.image_size
     source = _open(config.data, size, config.split)
     extractor = None if config.features == "none" else open_extractor(config.features, size, device)
-    stream = (levels.float() / 255 for levels in _levels(config, source, "reconstruct"))
+    # shuffled: the pairs then show several classes of a sorted folder
+    levels = _levels(config, source, "reconstruct", shuffle=True)
     scores, count, pairs = score_reconstructions(
         tokenizer,
-        stream,
+        (levels_B3HW.float() / 255 for levels_B3HW in levels),
         extract=None if extractor is None else extractor.extract,
         lpips=config.lpips,
         device=device,
@@ -173,12 +174,18 @@ def _open(spec: str, size: int, split: Split) -> Source:
     return source
 
 
-def _levels(config: EvaluateConfig, source: Source, description: str) -> Iterator[Tensor]:
-    """The source's images as bytes [B, 3, H, W]."""
+def _levels(config: EvaluateConfig, source: Source, task: str, *, shuffle: bool = False) -> Iterator[Tensor]:
+    """The source's images as bytes [B, 3, H, W]; damaged files are left out."""
     stream = batches(
-        source, config.batch_size, shuffle=False, drop_last=False, augment=CROP, workers=config.workers
+        source,
+        config.batch_size,
+        shuffle=shuffle,
+        drop_last=False,
+        augment=CROP,
+        on_bad_file="drop",
+        workers=config.workers,
     )
-    for batch in progress(stream, description, steps_per_epoch(source, config.batch_size, drop_last=False)):
+    for batch in progress(stream, task, steps_per_epoch(source, config.batch_size, drop_last=False)):
         yield (batch.inputs * 255).round().to(torch.uint8)  # they are levels over 255
 
 

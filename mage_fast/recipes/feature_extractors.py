@@ -37,11 +37,13 @@ class Extractor:
 def open_extractor(spec: str, image_size: int, device: torch.device) -> Extractor:
     """The features that a string names, of square uint8 images of ``image_size``.
 
-    * ``inception``, or ``inception:FILE`` with local weights; see :func:`~mage_fast.evaluation.load_inception`.
-    * ``digits``: the demo's classifier, trained on scikit-learn's digits in seconds, always alike.
+    * ``inception``, or ``inception:FILE`` with local weights; see :func:`.load_inception`.
+    * ``digits``: the demo's classifier, trained on scikit-learn's digits, in seconds and with one seed;
+      another machine's last digits may differ, which the fingerprint tells.
     * ``model:PATH``: a MAGE's mean-pooled encoder features, of images of its size.
-    * ``torchscript:FILE``: uint8 images to features, or to (features, logits). Reading one runs no Python;
-      files of ``torch.export`` unpickle Python objects as they are read, and are not taken.
+    * ``torchscript:FILE``: uint8 images to features, or to (features, logits). No Python of the file runs;
+      still, torch says to load only what one trusts. Files of ``torch.export`` are not taken: reading one
+      unpickles Python objects.
 
     Raises:
         InputError: an unknown name, a missing file, a model of other images, features of a wrong shape.
