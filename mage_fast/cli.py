@@ -26,12 +26,14 @@ from mage_fast.recipes import (
     edit,
     env,
     evaluate,
+    fewshot,
     generate,
     pretrain,
     probe,
     reconstruct,
     tokenize,
     train_tokenizer,
+    transfer,
 )
 
 VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
@@ -44,6 +46,8 @@ VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "reconstruct": (reconstruct.ReconstructConfig, reconstruct.run),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run),
     "probe": (probe.ProbeConfig, probe.run),
+    "fewshot": (fewshot.FewshotConfig, fewshot.run),
+    "transfer": (transfer.TransferConfig, transfer.run),
     "convert": (convert.ConvertConfig, convert.run),
     "bench": (bench.BenchConfig, bench.run),
     "env": (env.EnvConfig, env.run),

@@ -329,15 +329,31 @@ class MAGE(nn.Module):
         block = depth - 1 if block is None else block
         if not 0 <= block < depth:
             raise ValueError(f"MAGE: block is {block}, wanted 0 <= block < {depth}")
-        ids_BL, inputs = self._encoder_inputs(images_or_ids)
-        batch, length = ids_BL.shape
-        nothing_BL = torch.zeros(batch, length, dtype=torch.bool, device=ids_BL.device)
-        plan = plan_of_mask(nothing_BL, [0] * batch)
-        rng_state = self._dropout_state(rng_state)
-        x_TD = self.embedding(inputs, self.class_ids(None, batch), plan, rng_state)
+        x_TD, plan, rng_state = self._unmasked(images_or_ids, rng_state)
         x_TD = self.encoder.block_output(x_TD, plan, block, rng_state)
-        tokens_BLD = x_TD.view(batch, length + 1, -1)[:, 1:]
+        tokens_BLD = x_TD.unflatten(0, plan.source_BS.shape)[:, 1:]
         return tokens_BLD.mean(1) if pool else tokens_BLD
+
+    def block_features(
+        self, images_or_ids: Tensor, *, rng_state: Int64[Tensor, "2"] | None = None
+    ) -> Float[Tensor, "N B D"]:
+        """:meth:`features` after each of the encoder's N blocks, in one pass.
+
+        Equivalent PyTorch: ``torch.stack([model.features(images, block=n) for n in range(depth)])``.
+        """
+        x_TD, plan, rng_state = self._unmasked(images_or_ids, rng_state)
+        outputs = self.encoder.block_outputs(x_TD, plan, rng_state)
+        return torch.stack([x_TD.unflatten(0, plan.source_BS.shape)[:, 1:].mean(1) for x_TD in outputs])
+
+    def _unmasked(
+        self, images_or_ids: Tensor, rng_state: Tensor | None
+    ) -> tuple[Tensor, MaskPlan, Tensor | None]:
+        """The embedded tokens, a plan that masks nothing, and the dropout's state."""
+        ids_BL, inputs = self._encoder_inputs(images_or_ids)
+        plan = plan_of_mask(torch.zeros_like(ids_BL, dtype=torch.bool), [0] * len(ids_BL))
+        rng_state = self._dropout_state(rng_state)
+        x_TD = self.embedding(inputs, self.class_ids(None, len(ids_BL)), plan, rng_state)
+        return x_TD, plan, rng_state
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.

@@ -90,7 +90,7 @@ class OnlineProbe:
                 f"{_some(test.class_names)}, wanted the same"
             )
         for source in (train, test):
-            _check_source(model, source)
+            check_labelled(model, source)
         self.kind, self.batch_size = kind, batch_size
         with undisturbed(model):
             self._train = _read(model, train, train_items, batch_size, workers)
@@ -255,7 +255,13 @@ class _Part(Source):
         return self._source.tokens(self._chosen[indices], view)
 
 
-def _check_source(model: MAGE, source: Source) -> None:
+def check_labelled(model: MAGE, source: Source) -> None:
+    """Check that a model's features of a source can be probed.
+
+    Raises:
+        InputError: data without labels, images for a model without a tokenizer, a token cache of another
+            tokenizer or codebook.
+    """
     if source.num_classes < 2:
         raise InputError(f"probe: {source.spec} has {source.num_classes} class, wanted labelled data of more")
     if source.kind == "images" and model.tokenizer is None:
