@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mage_fast import ops
     from mage_fast.acceleration import Accelerated, AcceleratedOutput, accelerate
-    from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.classification import MAGEClassifier
+    from mage_fast.config import ClassifierConfig, MAGEConfig, TokenizerConfig
     from mage_fast.contrastive import MAGEC, MAGECOutput, info_nce
     from mage_fast.decoding import Decoding, SamplerConfig
     from mage_fast.errors import CheckpointError, InputError
@@ -33,9 +34,11 @@ __all__ = [
     "Accelerated",
     "AcceleratedOutput",
     "CheckpointError",
+    "ClassifierConfig",
     "Decoding",
     "InputError",
     "MAGECOutput",
+    "MAGEClassifier",
     "MAGEConfig",
     "MAGEOutput",
     "SamplerConfig",
@@ -56,11 +59,13 @@ _HOME = {
     "MAGE": "model",
     "MAGEC": "contrastive",
     "MAGECOutput": "contrastive",
+    "MAGEClassifier": "classification",
     "MAGEConfig": "config",
     "MAGEOutput": "model",
     "Accelerated": "acceleration",
     "AcceleratedOutput": "acceleration",
     "CheckpointError": "errors",
+    "ClassifierConfig": "config",
     "Decoding": "decoding",
     "InputError": "errors",
     "SamplerConfig": "decoding",
