@@ -94,6 +94,10 @@ class MAGE(nn.Module):
             self.tokenizer.eval()
         return self
 
+    @property
+    def _device(self) -> torch.device:
+        return self.embedding.position_embeddings.weight.device
+
     def tokenize(self, images_or_ids: Tensor) -> Int64[Tensor, "B L"]:
         """Codebook ids, on the model's device, of images ``[B, 3, H, W]`` in [0, 1] or of ids of any
         integer dtype.
@@ -125,15 +129,15 @@ class MAGE(nn.Module):
             ids_BL, features_BLC = tokenizer.encode_with_features(images_or_ids)
         ids_BL = self._checked_ids(ids_BL)
         check.shape("MAGE", "features", features_BLC, (*ids_BL.shape, tokenizer.feature_size))
-        bias = self.head.bias
-        return ids_BL, features_BLC.to(bias.device, bias.dtype, non_blocking=True)
+        position = self.embedding.position_embeddings.weight
+        return ids_BL, features_BLC.to(position.device, position.dtype, non_blocking=True)
 
     def _checked_ids(self, ids_BL: Tensor) -> Int64[Tensor, "B L"]:
         check.dtype("MAGE", "ids", ids_BL, _ID_DTYPES)
         check.shape("MAGE", "ids", ids_BL, (None, self.config.num_tokens))
         ids_BL = ids_BL.to(torch.int64)
         check.values("MAGE", "ids", ids_BL, 0, self.config.codebook_size)
-        return ids_BL.to(self.head.bias.device, non_blocking=True)
+        return ids_BL.to(self._device, non_blocking=True)
 
     def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
         """Ids of the first position: ``codebook_size + label``, or the unconditional id.
@@ -142,7 +146,7 @@ class MAGE(nn.Module):
             ValueError: labels that are not integers, another number of them than samples, or (read on the
                 CPU only) one outside the model's classes or equal to the unconditional class.
         """
-        config, device = self.config, self.head.bias.device
+        config, device = self.config, self._device
         if labels_B is None:
             return torch.full((batch,), config.unconditional_class_id, device=device)
         check.integer("MAGE", "labels", labels_B)
@@ -227,7 +231,7 @@ class MAGE(nn.Module):
         """The given state on the model's device; drawn from torch's generator where dropout wants one."""
         if rng_state is None and self.training and self.config.dropout > 0.0:
             rng_state = rng.new_state()
-        return None if rng_state is None else rng_state.to(self.head.bias.device, non_blocking=True)
+        return None if rng_state is None else rng_state.to(self._device, non_blocking=True)
 
     def decode_features(
         self,
