@@ -19,7 +19,18 @@ import tyro
 
 from mage_fast.errors import TrainingError
 from mage_fast.kernels.dispatch import Unsupported
-from mage_fast.recipes import bench, convert, demo, env, generate, pretrain, probe, tokenize, train_tokenizer
+from mage_fast.recipes import (
+    bench,
+    convert,
+    demo,
+    env,
+    generate,
+    pretrain,
+    probe,
+    tokenize,
+    train_tokenizer,
+    web,
+)
 
 VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "demo": (demo.DemoConfig, demo.run),
@@ -28,6 +39,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "pretrain": (pretrain.PretrainConfig, pretrain.run),
     "generate": (generate.GenerateConfig, generate.run),
     "probe": (probe.ProbeConfig, probe.run),
+    "web": (web.WebConfig, web.run),
     "convert": (convert.ConvertConfig, convert.run),
     "bench": (bench.BenchConfig, bench.run),
     "env": (env.EnvConfig, env.run),
