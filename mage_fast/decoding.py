@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from mage_fast.cuda_graph import CUDAGraph
@@ -128,8 +128,27 @@ class Decoding:
         first_sample: int = 0,
     ) -> Iterator[Int64[Tensor, "B L"]]:
         """Yield all tokens as decided after each step; the last are what a call gives."""
+        for sampled_BL, _ in self.masked_steps(
+            batch, ids_BL=ids_BL, labels_B=labels_B, seed=seed, first_sample=first_sample
+        ):
+            yield sampled_BL
+
+    @torch.no_grad()
+    def masked_steps(
+        self,
+        batch: int | None = None,
+        *,
+        ids_BL: Int[Tensor, "B L"] | None = None,
+        labels_B: Int[Tensor, "B"] | None = None,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> Iterator[tuple[Int64[Tensor, "B L"], Bool[Tensor, "B L"]]]:
+        """Yield as :meth:`steps`, and which of the tokens are masked again; none after the last step."""
+        kind, inputs = self._prepare(batch, ids_BL, labels_B, seed, first_sample)
         with eval_mode(self.model):  # weights are not lent: between steps the model is the caller's
-            yield from self._steps(*self._prepare(batch, ids_BL, labels_B, seed, first_sample))
+            for t, (sampled_BL, next_BL) in enumerate(self._steps(kind, inputs)):
+                masked_again_BL = next_BL == self.model.config.mask_token_id
+                yield sampled_BL, masked_again_BL & (t + 1 < self.config.steps)
 
     def _surroundings(self) -> tuple:
         """What else a captured graph holds for good."""
@@ -202,18 +221,20 @@ class Decoding:
     def _last(self, kind: _Kind, inputs: _Inputs) -> Tensor:
         """The ids after all steps."""
         ids_BL = inputs.ids_BL
-        for sampled_BL in self._steps(kind, inputs):
+        for sampled_BL, _ in self._steps(kind, inputs):
             ids_BL = sampled_BL
         return ids_BL
 
-    def _steps(self, kind: _Kind, inputs: _Inputs) -> Iterator[Tensor]:
-        """The steps proper, which a CUDA graph may hold: no wait for the device, no copy from the host."""
+    def _steps(self, kind: _Kind, inputs: _Inputs) -> Iterator[tuple[Tensor, Tensor]]:
+        """The steps proper: all tokens as sampled, and the next step's input. A CUDA graph may hold them: no
+        wait for the device, no copy from the host.
+        """
         config, ids_BL = self.config, inputs.ids_BL
         length, mask_token_id = self.model.config.num_tokens, self.model.config.mask_token_id
         cache = FeatureCache(self.model) if config.approximation == "cached_features" else None
         for t, num_masked in enumerate(kind.num_masked):
             if not any(num_masked):
-                yield ids_BL
+                yield ids_BL, ids_BL
                 continue
             state, scale = inputs.rng_states_T2[t], config.guidance_at(t)
             guided = scale != 0.0
@@ -230,7 +251,7 @@ class Decoding:
                     ids_BL, inputs.class_ids_B, num_masked, state, cache, partial=partial, guided=guided
                 )
                 rows_BL = ((ids_BL == mask_token_id).flatten().cumsum(0) - 1).view_as(ids_BL)
-            sampled_BL, next_BL = sample_confident(
+            sampled_BL, ids_BL = sample_confident(
                 logits,
                 ids_BL,
                 inputs.counts_TB[t],
@@ -247,9 +268,8 @@ class Decoding:
             )
             if config.order != "confidence":
                 is_later_BL = inputs.place_BL <= inputs.counts_TB[t][:, None]
-                next_BL = sampled_BL.masked_fill(is_later_BL, mask_token_id)
-            ids_BL = next_BL
-            yield sampled_BL
+                ids_BL = sampled_BL.masked_fill(is_later_BL, mask_token_id)
+            yield sampled_BL, ids_BL
 
     def _logits(
         self,

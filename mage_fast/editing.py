@@ -164,6 +164,91 @@ def token_mask(mask_BHW: Bool[Tensor, "B H W"], grid_size: int, grow: int = 1) -
     return F.max_pool2d(grid_B1hw, 2 * grow + 1, stride=1, padding=grow).flatten(1) > 0
 
 
+def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Bool[Tensor, "H W"]:
+    """True inside of a box: inpainting.
+
+    Args:
+        size: (width, height) of the image, in pixels.
+        box: (left, top, right, bottom), in pixels; right and bottom are the first that are outside.
+
+    Raises:
+        ValueError: an empty box, or one that reaches out of the image.
+    """
+    left, top, right, bottom = box
+    if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+        raise ValueError(
+            f"box_mask: the box (left, top, right, bottom) is {tuple(box)}, wanted 0 <= left < right <= "
+            f"{size[0]} and 0 <= top < bottom <= {size[1]}"
+        )
+    mask_HW = torch.zeros(size[1], size[0], dtype=torch.bool)
+    mask_HW[top:bottom, left:right] = True
+    return mask_HW
+
+
+def border_mask(size: tuple[int, int], border: tuple[int, int, int, int]) -> Bool[Tensor, "H W"]:
+    """True within so many pixels of each side: outpainting.
+
+    Args:
+        size: (width, height) of the image, in pixels.
+        border: (left, top, right, bottom), how many pixels of each side.
+
+    Raises:
+        ValueError: a negative number, none at all, or no pixel left to go by.
+    """
+    left, top, right, bottom = border
+    if min(border) < 0 or not any(border) or left + right >= size[0] or top + bottom >= size[1]:
+        raise ValueError(
+            f"border_mask: the border (left, top, right, bottom) is {tuple(border)}, wanted 0 or more pixels "
+            f"of each side, some in all, and a part of the {size[0]} x {size[1]} left inside"
+        )
+    return ~box_mask(size, (left, top, size[0] - right, size[1] - bottom))
+
+
+def shrink(
+    images_B3HW: Float[Tensor, "B 3 H W"],
+    grid_size: int,
+    scale: float = 0.5,
+    anchor: tuple[float, float] = (0.5, 0.5),
+) -> tuple[Float[Tensor, "B 3 H W"], Bool[Tensor, "B H W"]]:
+    """Images made smaller, and a mask of all around them: uncropping.
+
+    The small image takes whole tokens, so none of it is lost: edit it with ``grow=0``. Its outermost pixels
+    are repeated around it, since the tokenizer looks at what is next to a token, too.
+
+    Args:
+        images_B3HW: square RGB images in [0, 1].
+        grid_size: tokens along one side.
+        scale: side of the small image over the image's, in (0, 1); rounded to whole tokens.
+        anchor: where it is from left (0) to right (1) and from top to bottom; rounded to whole tokens.
+
+    Returns:
+        ``(images, mask)``, for :func:`edit`.
+
+    Raises:
+        ValueError: numbers out of range, sides that are no multiple of the grid's.
+    """
+    check.shape("shrink", "images", images_B3HW, (None, 3, None, None))
+    check.floating("shrink", "images", images_B3HW)
+    height, width = images_B3HW.shape[2:]
+    if grid_size < 2 or height % grid_size or width % grid_size:
+        raise ValueError(
+            f"shrink: images have {width} x {height} pixels and grid_size is {grid_size}, wanted a multiple "
+            "of 2 or more tokens along each side"
+        )
+    if not 0.0 < scale < 1.0 or not all(0.0 <= x <= 1.0 for x in anchor):
+        raise ValueError(
+            f"shrink: scale is {scale} and anchor {tuple(anchor)}, wanted 0 < scale < 1 and anchors in [0, 1]"
+        )
+    side = min(max(round(scale * grid_size), 1), grid_size - 1)
+    patch_h, patch_w = height // grid_size, width // grid_size
+    left, top = (round(x * (grid_size - side)) for x in anchor)
+    x0, y0, x1, y1 = left * patch_w, top * patch_h, (left + side) * patch_w, (top + side) * patch_h
+    small = F.interpolate(images_B3HW, (y1 - y0, x1 - x0), mode="bicubic", antialias=True).clamp(0, 1)
+    around = F.pad(small, (x0, width - x1, y0, height - y1), mode="replicate")
+    mask_HW = ~box_mask((width, height), (x0, y0, x1, y1))
+    return around, mask_HW.to(images_B3HW.device).expand(len(images_B3HW), -1, -1)
+
+
 def hide_tokens(
     images_B3HW: Float[Tensor, "B 3 H W"], is_masked_BL: Bool[Tensor, "B L"]
 ) -> Float[Tensor, "B 3 H W"]:
