@@ -35,6 +35,7 @@ from mage_fast.recipes import (
     tokenize,
     train_tokenizer,
     transfer,
+    web,
 )
 
 VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
@@ -50,6 +51,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "fewshot": (fewshot.FewshotConfig, fewshot.run),
     "transfer": (transfer.TransferConfig, transfer.run),
     "finetune": (finetune.FinetuneConfig, finetune.run),
+    "web": (web.WebConfig, web.run),
     "convert": (convert.ConvertConfig, convert.run),
     "bench": (bench.BenchConfig, bench.run),
     "env": (env.EnvConfig, env.run),
