@@ -80,7 +80,7 @@ def export_decoding_step(model: MAGE, config: SamplerConfig | None = None) -> Ex
     :func:`mage_fast.generate_ids` gives, needs torch alone::
 
         step = torch.export.load("step.pt2").module()
-        ids = torch.full((B, L), mask_token_id)         # of the model's config; known ids elsewhere, to inpaint
+        ids = torch.full((B, L), mask_token_id)         # of model.config; known ids elsewhere
         num_unknown = (ids == mask_token_id).sum(1)
         for t in range(steps):                          # as many as the settings have
             decided, ids = step(ids, class_ids, num_unknown, torch.arange(B), torch.tensor([seed, t]))
