@@ -9,6 +9,7 @@ Shape suffixes: B samples, L tokens, S = L + 1 positions (0 is the class token),
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,11 +19,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
 
-from mage_fast.decoding import Decoding, SamplerConfig, masked_counts
+from mage_fast.decoding import Decoding
 from mage_fast.kernels import dispatch
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
 from mage_fast.kernels.ops.sample_confident.reference import sample_confident
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import SamplerConfig, halton_order, last_in_order, masked_counts
 
 Inputs = Literal["images", "ids"]
 
@@ -144,21 +146,24 @@ class DecodingStep(nn.Module):
 
     counts_TU: Tensor
     choice_temperature_T: Tensor
+    temperature_T: Tensor
     guidance_T: Tensor
+    order_L: Tensor
 
     def __init__(self, model: MAGE, config: SamplerConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        device, steps = model.head.bias.device, range(config.steps)
-        # what a step wants masked, for each number of tokens that were unknown at the start
         unknown_U = torch.arange(model.config.num_tokens + 1)
-        falling = [config.choice_temperature * (1 - (t + 1) / config.steps) for t in steps]
-        for name, table in (
-            ("counts_TU", masked_counts(config.schedule, config.steps, unknown_U)),
-            ("choice_temperature_T", torch.tensor(falling, dtype=torch.float64)),
-            ("guidance_T", torch.tensor([config.guidance_at(t) for t in steps], dtype=torch.float64)),
-        ):
-            self.register_buffer(name, table.to(device), persistent=False)
+        tables = {
+            # what a step wants masked, for each number of tokens that were unknown at the start
+            "counts_TU": masked_counts(config.schedule, config.steps, unknown_U),
+            "choice_temperature_T": _table(config.choice_temperature_at, config.steps),
+            "temperature_T": _table(config.temperature_at, config.steps),
+            "guidance_T": _table(config.guidance_at, config.steps),
+            "order_L": halton_order(model.config.grid_size),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.to(model.head.bias.device), persistent=False)
 
     def forward(
         self,
@@ -184,23 +189,29 @@ class DecodingStep(nn.Module):
         if config.guidance_scale != 0.0:
             unconditional_B = torch.full_like(class_ids_B, self.model.config.unconditional_class_id)
             guidance_BLC = self._logits(ids_BL, unconditional_B)
-        return sample_confident(
+        num_masked_B = self.counts_TU.index_select(0, step_1)[0][num_unknown_B]
+        sampled_BL, next_BL = sample_confident(
             logits_BLC,
             ids_BL,
-            self.counts_TU.index_select(0, step_1)[0][num_unknown_B],
+            num_masked_B,
             None,
             guidance_BLC,
             # tensors, as they differ from step to step
             _value(self.guidance_T, step_1),
             mask_token_id,
             _value(self.choice_temperature_T, step_1),
-            config.temperature,
+            _value(self.temperature_T, step_1),
             config.top_k,
             config.top_p,
             samples_B,
             rng_state,
             0,
         )
+        if config.order == "halton":
+            # counted from the last, so what is still unknown has the places it had at the start
+            place_BL = last_in_order(ids_BL == mask_token_id, self.order_L)
+            next_BL = sampled_BL.masked_fill(place_BL <= num_masked_B[:, None], mask_token_id)
+        return sampled_BL, next_BL
 
     def _logits(self, ids_BL: Tensor, class_ids_B: Tensor) -> Float[Tensor, "B L C"]:
         model = self.model
@@ -209,6 +220,10 @@ class DecodingStep(nn.Module):
         x_TD = model.decode_features(ids_BL, class_ids_B, plan, None)
         x_BSD = x_TD.unflatten(0, plan.source_BS.shape)
         return model.head(x_BSD[:, 1:], model.embedding.word_embeddings.weight)
+
+
+def _table(of_step: Callable[[int], float], steps: int) -> Tensor:
+    return torch.tensor([of_step(t) for t in range(steps)], dtype=torch.float64)
 
 
 def _value(table_T: Tensor, step_1: Tensor) -> Any:

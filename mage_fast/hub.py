@@ -192,13 +192,14 @@ def _model_text(config: MAGEConfig) -> tuple[str, str]:
     if config.encoder_input == "features":
         classes = "It sees features of images before they are tokens, and does not generate."
     side = config.tokenizer.image_size if config.tokenizer else "any"
+    codes, decoder = config.codebook_size, f"{config.decoder_depth} of width {config.decoder_width}"
     own = "" if config.tokenizer else ", tokenizer=yours"
     return (
         "MAGE",
-        f"""{_PAPER}: one model that generates images and learns their representations. Images of {side} pixels a side are
-{config.grid_size} x {config.grid_size} tokens of a codebook of {config.codebook_size}. The encoder has \
-{config.encoder_depth} blocks of width {config.encoder_width}, the decoder
-{config.decoder_depth} of width {config.decoder_width}. {classes}
+        f"""{_PAPER}: one model that generates images and learns their representations.
+Images of {side} pixels a side are {config.grid_size} x {config.grid_size} tokens of a codebook of {codes}.
+The encoder has {config.encoder_depth} blocks of width {config.encoder_width}, the decoder {decoder}.
+{classes}
 
 ```python
 import mage_fast

@@ -25,7 +25,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], SamplerConfig]] = {
     "paper": ({}, SamplerConfig(steps=STEPS)),
     "unmasked, guided": (
         {"encoder_tokens": "unmasked", "padding": "mask_token"},
-        SamplerConfig(STEPS, 3.0, 0.8, "linear", 9, 0.9, guidance_scale=2.0, guidance_schedule="linear"),
+        SamplerConfig(
+            **{"steps": STEPS, "choice_temperature": 3.0, "temperature": 1.2, "final_temperature": 0.7},
+            **{"schedule": "constant", "order": "halton", "top_k": 9, "top_p": 0.9},
+            **{"guidance_scale": 2.0, "guidance_schedule": "linear"},
+        ),
     ),
 }
 
