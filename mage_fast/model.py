@@ -19,6 +19,7 @@ from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
 from mage_fast.embedding import TokenEmbedding, feature_size
 from mage_fast.encoder import Encoder
+from mage_fast.hub import HubMixin, local_path
 from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.loss import TokenHead, reconstruction_loss, rows_of_tokens
@@ -45,7 +46,7 @@ class MAGEOutput(NamedTuple):
         return {"loss": self.loss.detach()}
 
 
-class MAGE(nn.Module):
+class MAGE(HubMixin, nn.Module):
     """The masked generative encoder with its tokenizer.
 
     >>> model = MAGE(MAGEConfig.vit_b())
@@ -368,17 +369,21 @@ class MAGE(nn.Module):
         storage.save_pretrained(self, folder)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | Path, tokenizer: Tokenizer | None = None, *, revision: str | None = None
+    ) -> Self:
         """A model, in eval mode, from a folder of :meth:`save_pretrained`, or from a published ``.pth``.
 
         Args:
-            path: the folder or file.
+            path: the folder or file, or ``"owner/name"`` of a model hub (the extra ``hub``).
             tokenizer: yours, for a model that was saved with one of its own kind.
+            revision: branch, tag or commit on the hub.
 
         Raises:
-            CheckpointError: missing, truncated or of another width.
+            CheckpointError: missing, truncated or of another width; not to be had from the hub.
         """
-        if Path(path).is_dir():
+        path = local_path(path, revision)
+        if path.is_dir():
             values, state = storage.load_pretrained(path)
             config = MAGEConfig.from_dict(values)
         else:
