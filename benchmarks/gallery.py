@@ -51,16 +51,19 @@ def section(op: str, results: Path = RESULTS) -> str:
     """The Markdown of one op."""
     function = getattr(mage_fast.ops, op)
     parts = [f"## {op}", (inspect.getdoc(function) or "").split("\n", 1)[0]]
-    parts.append(f"```text\n{equation(op)}\n```")
+    parts.append(equation(op))
     parts.append(f"![What one program of {op} owns]({PICTURES}/{op}.svg)")
     parts += [must(op), *measured(op, results), links(op)]
     return "\n\n".join(parts)
 
 
 def equation(op: str) -> str:
-    """What the docstring of the op's reference says after its first sentence."""
+    """What the docstring of the op's reference says after its first sentence: equations, then sentences."""
     _, *rest = (inspect.getdoc(cases.module(op, "reference")) or "").split("\n\n")
-    return "\n\n".join(textwrap.dedent(paragraph) for paragraph in rest)
+    equations = [textwrap.dedent(paragraph) for paragraph in rest if not paragraph.endswith(".")]
+    sentences = [paragraph for paragraph in rest if paragraph.endswith(".")]
+    block = "\n\n".join(equations)
+    return "\n\n".join([f"```text\n{block}\n```", *sentences])
 
 
 def must(op: str) -> str:

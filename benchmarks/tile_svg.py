@@ -29,7 +29,7 @@ STYLE = """
 .tiling text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 .tiling .dims { fill: var(--soft); font-size: 11px; }
 .tiling .title { font-weight: 600; font-size: 13px; }
-.tiling .code { font: 11px ui-monospace, monospace; }
+.tiling .code { font: 11px ui-monospace, monospace; white-space: pre; }
 .tiling .box { fill: var(--paper); stroke: var(--line); }
 .tiling .arrow { stroke: var(--soft); fill: none; stroke-width: 1.5; }
 .tiling .idle { fill: var(--paper); stroke: var(--line); }

@@ -59,7 +59,7 @@ EMBED_KEPT = (
         (Grid("x", "T × D", row(2, "w", of=5, wide=5)),),
     ),
     Panel(
-        "backward, then a program: 64 entries of the ids in order",
+        "backward, the sums for the words, a program: 64 of the sorted ids",
         (
             Grid("sorted ids", "T", (".", ".", "r", "r", "r", ".")),
             Grid("gradient of e", "T × D", ("....", "rrrr", "....", "rrrr", "....", "rrrr")),
