@@ -19,7 +19,20 @@ import tyro
 
 from mage_fast.errors import TrainingError
 from mage_fast.kernels.dispatch import Unsupported
-from mage_fast.recipes import bench, convert, demo, env, generate, pretrain, probe, tokenize, train_tokenizer
+from mage_fast.recipes import (
+    bench,
+    convert,
+    demo,
+    edit,
+    env,
+    evaluate,
+    generate,
+    pretrain,
+    probe,
+    reconstruct,
+    tokenize,
+    train_tokenizer,
+)
 
 VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "demo": (demo.DemoConfig, demo.run),
@@ -27,6 +40,9 @@ VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "tokenize": (tokenize.TokenizeConfig, tokenize.run),
     "pretrain": (pretrain.PretrainConfig, pretrain.run),
     "generate": (generate.GenerateConfig, generate.run),
+    "edit": (edit.EditConfig, edit.run),
+    "reconstruct": (reconstruct.ReconstructConfig, reconstruct.run),
+    "evaluate": (evaluate.EvaluateConfig, evaluate.run),
     "probe": (probe.ProbeConfig, probe.run),
     "convert": (convert.ConvertConfig, convert.run),
     "bench": (bench.BenchConfig, bench.run),

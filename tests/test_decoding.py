@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mage_fast import decoding, reference
-from mage_fast.decoding import Approximation, Decoding, SamplerConfig, masked_counts
+from mage_fast.decoding import Decoding
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import Approximation, SamplerConfig, masked_counts
 from tests.models import assert_near, tiny, twin
 
 few = settings(max_examples=12, deadline=None, derandomize=True)

@@ -16,11 +16,12 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mage_fast.decoding import Decoding, SamplerConfig, eval_mode
+from mage_fast.decoding import Decoding, eval_mode
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
 from mage_fast.probe import knn_accuracy, linear_probe
 from mage_fast.sampler import generate
+from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.data import batches
 from mage_fast.training.metrics import enlarged, image_grid, save_png
 from mage_fast.training.run_state import module_fingerprint
