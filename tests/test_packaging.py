@@ -45,8 +45,8 @@ def test_import_alone_does_not_even_import_torch() -> None:
 
 
 def test_import_adds_under_half_a_second_to_torch() -> None:
-    start = "import time, torch\nstart = time.perf_counter()\n"
-    code = f"{start}{TOUCH_EVERYTHING}print(time.perf_counter() - start)"
+    start = "import time, torch\nstart = time.process_time()\n"
+    code = f"{start}{TOUCH_EVERYTHING}print(time.process_time() - start)"
     assert statistics.median(float(python(code)) for _ in range(3)) < 0.5
 
 
