@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mage_fast.errors import InputError
 from mage_fast.evaluation import FeatureStatistics, PNGFolder, fid, read_statistics, write_statistics
-from mage_fast.recipes.generate import PNGWriter
+from mage_fast.recipes.outputs import PNGWriter
 from mage_fast.training.metrics import save_png, to_uint8
 
 
