@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -92,12 +91,6 @@ def test_kernels_refuses_to_be_a_top_level_package() -> None:
     assert done.returncode == 1
     assert "ImportError" in done.stderr
     assert "import mage_fast.kernels" in done.stderr
-
-
-def test_readme_example_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    python(code, tmp_path, PYTHONPATH=str(ROOT))
-    assert (tmp_path / "my_mage" / "config.json").is_file()
 
 
 # The source tree
