@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mage_fast.errors import InputError
 from mage_fast.optional import optional
@@ -31,11 +31,8 @@ def load_inception(weights: Path | str | None = None, device: torch.device | str
         CheckpointError: the file is missing, damaged, or holds pickled objects.
     """
     module = optional("torch_fidelity.feature_extractor_inceptionv3", extra="evaluate")
-    if weights is None:
-        state = _fetched(module.URL_INCEPTION_V3)
-    else:
-        read = read_safetensors if Path(weights).suffix == ".safetensors" else read_torch
-        state = read(weights)
+    path = _fetched(module.URL_INCEPTION_V3) if weights is None else Path(weights)
+    state = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
     # torch-fidelity would unpickle any object of its file: it gets a copy of what was read as tensors only
     copy = BytesIO()
     torch.save(state, copy)
@@ -46,19 +43,23 @@ def load_inception(weights: Path | str | None = None, device: torch.device | str
         )
     except (RuntimeError, TypeError, AttributeError) as error:
         said = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{weights or module.URL_INCEPTION_V3}: not InceptionV3's weights ({said})"
-        ) from error
+        raise InputError(f"{path}: not InceptionV3's weights ({said})") from error
     return network.to(device)
 
 
-def _fetched(url: str) -> dict[str, Tensor]:
+def _fetched(url: str) -> Path:
+    """The file of a URL in torch's hub folder, downloaded where it is not there yet."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / url.rpartition("/")[2]
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            # the name ends with the hash's first digits, as torch.hub's files do
+            digits = path.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits, progress=False)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"features 'inception': {url} cannot be fetched ({error}): fetch it elsewhere and give "
             "--features inception:FILE"
         ) from error
+    return path

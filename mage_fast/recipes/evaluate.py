@@ -41,6 +41,8 @@ from mage_fast.training.sources import Source, Split
 
 #: The short side becomes the wanted one, then the middle is cut out.
 CROP = Augmentation(crop="center", flip=False, resize_ratio=1.0)
+#: VGG halves its images four times.
+LPIPS_SIDE = 16
 PACKAGES = ("torch", "torch-fidelity", "torchmetrics", "pillow")
 
 
@@ -145,6 +147,8 @@ def _tokenizer(config: EvaluateConfig, device: torch.device) -> tuple[list[Score
         raise InputError("evaluate: --tokenizer is scored on --data, --reference is for --images")
     tokenizer = load_tokenizer(config.tokenizer, device)
     size = tokenizer.config.image_size
+    if config.lpips and size < LPIPS_SIDE:
+        raise InputError(f"evaluate: images have {size} pixels a side, LPIPS wants {LPIPS_SIDE} or more")
     source = _open(config.data, size, config.split)
     extractor = None if config.features == "none" else open_extractor(config.features, size, device)
     # shuffled: the pairs then show several classes of a sorted folder

@@ -18,6 +18,11 @@ from mage_fast.optional import optional
 module = optional("torch_fidelity.feature_extractor_inceptionv3", extra="evaluate")
 
 
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("exploded"),))
+
+
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     """torch-fidelity's own, with weights that were drawn."""
@@ -70,16 +75,19 @@ def test_weights_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "URL_INCEPTION_V3", wrong.as_uri())
     with pytest.raises(InputError, match=r"weights-00000000\.pth cannot be fetched \(invalid hash"):
         load_inception()
+    monkeypatch.chdir(tmp_path)
+    torch.save(Bomb(), "bomb")
+    digest = hashlib.sha256(Path("bomb").read_bytes()).hexdigest()
+    bomb = (tmp_path / "bomb").rename(tmp_path / f"bomb-{digest[:8]}.pth")
+    monkeypatch.setattr(module, "URL_INCEPTION_V3", bomb.as_uri())
+    with pytest.raises(CheckpointError, match=rf"hub/checkpoints/{bomb.name}"):
+        load_inception()
+    assert not Path("exploded").exists()
     monkeypatch.setattr(module, "URL_INCEPTION_V3", (tmp_path / "gone-00000000.pth").as_uri())
     with pytest.raises(
         InputError, match=r"gone-00000000\.pth cannot be fetched .* --features inception:FILE"
     ):
         load_inception()
-
-
-class Bomb:
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("exploded"),))
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
