@@ -15,7 +15,7 @@ from typing import Any
 
 from mage_fast.errors import InputError
 from mage_fast.optional import optional
-from mage_fast.recipes.loading import Precision, load_model
+from mage_fast.recipes.loading import Precision, image_size, load_model
 from mage_fast.recipes.web_actions import EXAMPLES, Actions, Result, Settings
 from mage_fast.sampler_config import CONSTANT, SCHEDULES
 from mage_fast.training.data import open_source
@@ -78,8 +78,7 @@ def serve(config: WebConfig) -> Any:
     gradio = optional("gradio", extra="web")
     _check_address(config.host, config.port)
     model = load_model(config.model, pick_device(config.device))
-    side = model.config.tokenizer.image_size if model.config.tokenizer else 256
-    source = open_source(config.data, image_size=side, split="test")
+    source = open_source(config.data, image_size=image_size(model), split="test")
     blocks = _page(gradio, Actions(model, source, config.precision))
     # the font is served from here; its file of weight 600 lacks most letters
     font = gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700))
@@ -101,7 +100,9 @@ def _check_address(host: str, port: int) -> None:
     if not 0 < port < 65536:
         raise InputError(f"web: port is {port}, wanted 1 to 65535")
     try:
-        socket.create_server((host, port)).close()
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just given back is free
+            tried.bind((host, port))
     except OSError as error:
         raise InputError(
             f"web: cannot serve on {host}:{port} ({error.strerror or error}): give another --port or --host"

@@ -21,10 +21,9 @@ from mage_fast.decoding import Decoding
 from mage_fast.editing import edit, hide_tokens, reconstruct
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
-from mage_fast.recipes.loading import Precision, precision_context
+from mage_fast.recipes.loading import Precision, image_size, precision_context
 from mage_fast.sampler import generate
 from mage_fast.sampler_config import SamplerConfig
-from mage_fast.tokenizer import VQGAN
 from mage_fast.training.augment import applied, drawn, item_generator, named
 from mage_fast.training.data import batches
 from mage_fast.training.images import UnreadableImage, read_rgb
@@ -70,14 +69,12 @@ class Actions:
     """
 
     def __init__(self, model: MAGE, source: Source, precision: Precision = "fp32") -> None:
-        if not isinstance(model.tokenizer, VQGAN):
-            raise InputError("web: the model has no tokenizer to read and make images with")
+        self.side = image_size(model)
         if source.kind != "images":
             raise InputError(f"web: data {source.spec!r} holds tokens, wanted images as examples")
-        Decoding(model)
+        Decoding(model)  # refuses a model that does not generate
         self.model, self.source, self.precision = model, source, precision
         self.device = model.head.bias.device
-        self.side = model.tokenizer.config.image_size
         self.zoom = max(1, round(PICTURE_SIDE / self.side))
         self.examples = self._examples()
 
