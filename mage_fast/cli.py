@@ -26,12 +26,16 @@ from mage_fast.recipes import (
     edit,
     env,
     evaluate,
+    fewshot,
+    finetune,
     generate,
     pretrain,
     probe,
     reconstruct,
     tokenize,
     train_tokenizer,
+    transfer,
+    web,
 )
 
 VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
@@ -44,6 +48,10 @@ VERBS: dict[str, tuple[type, Callable[[Any], dict]]] = {
     "reconstruct": (reconstruct.ReconstructConfig, reconstruct.run),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run),
     "probe": (probe.ProbeConfig, probe.run),
+    "fewshot": (fewshot.FewshotConfig, fewshot.run),
+    "transfer": (transfer.TransferConfig, transfer.run),
+    "finetune": (finetune.FinetuneConfig, finetune.run),
+    "web": (web.WebConfig, web.run),
     "convert": (convert.ConvertConfig, convert.run),
     "bench": (bench.BenchConfig, bench.run),
     "env": (env.EnvConfig, env.run),

@@ -1,6 +1,7 @@
-"""The two configurations that define a model: :class:`MAGEConfig` and :class:`TokenizerConfig`.
+"""The configurations that define a model: :class:`MAGEConfig` with its :class:`TokenizerConfig`, and
+:class:`ClassifierConfig`.
 
-Both are frozen, checked when made, and round-trip through ``config.json``.
+They are frozen, checked when made, and round-trip through ``config.json``.
 """
 
 from __future__ import annotations
@@ -308,3 +309,21 @@ class MAGEConfig(_Config):
             ),
         }
         return cls(**(small | changes))
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(_Config):
+    """A classifier on a MAGE encoder, see :class:`mage_fast.MAGEClassifier`."""
+
+    mage: MAGEConfig
+    num_classes: int
+    #: Probability that training leaves out a branch of the last block; lower ones rise to it linearly from 0.
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mage, dict):
+            object.__setattr__(self, "mage", MAGEConfig.from_dict(self.mage))
+        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+            raise ValueError(f"ClassifierConfig: num_classes is {self.num_classes!r}, wanted 2 or more")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"ClassifierConfig: drop_path is {self.drop_path!r}, wanted 0 <= drop_path < 1")

@@ -254,7 +254,12 @@ class OnDevice(TorchDispatchMode):
 @pytest.mark.parametrize("encoder_tokens", ["paper", "unmasked"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"guidance_scale": 2.0, "top_k": 4}, *({"approximation": a} for a in get_args(Approximation)[1:])],
+    [
+        {},
+        {"guidance_scale": 2.0, "top_k": 4},
+        {"order": "halton", "final_temperature": 0.5},
+        *({"approximation": a} for a in get_args(Approximation)[1:]),
+    ],
     ids=str,
 )
 def test_no_step_waits_for_a_gpu_or_copies_to_it(
