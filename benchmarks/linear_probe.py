@@ -2,13 +2,14 @@
 
     python -m benchmarks.linear_probe --model out/demo/pretrain [--out out/linear_probe]
 
-Seeds are those of the head's weights, of the order and of the crops; the encoder is the same. The paper's
-recipe is for a million images: its 90 epochs at batch 4096 would be 90 steps on 1438 digits, at a trust
-coefficient of 0.001 too few to get anywhere. So, said here and not hidden in defaults: batch 256, base lr 10, and
-the crops of the pre-training on digits (weak), as a digit is not known by a fifth of its area. What stays: 90
-epochs, 10 of warm-up, LARS, cosine, the head. Times are of the whole verb after the model's first use, CPU
-seconds beside the clock's, recipes alternating. Writes linear_probe.json and linear_probe.md into --out. A run
-that is done is not done again.
+Seeds are those of the head's weights, of the order and of the crops; the encoder is the same. The
+paper's recipe is for a million images: its 90 epochs at batch 4096 would be 90 steps on 1438
+digits, at a trust coefficient of 0.001 too few to get anywhere. So, said here and not hidden in
+defaults: batch 256, base lr 10, and the crops of the pre-training on digits (weak), as a digit is
+not known by a fifth of its area. What stays: 90 epochs, 10 of warm-up, LARS, cosine, the head.
+Times are of the whole verb after the model's first use, CPU seconds beside the clock's, recipes
+alternating. Writes linear_probe.json and linear_probe.md into --out. A run that is done is not done
+again.
 """
 
 from __future__ import annotations

@@ -24,10 +24,8 @@ from mage_fast.recipes.demo_report import Report, write_report
 from mage_fast.recipes.features import extract_features
 from mage_fast.recipes.loading import load_model
 from mage_fast.recipes.pictures import write_grid
-from mage_fast.recipes.probe import extract_features
 from mage_fast.sampler import generate
 from mage_fast.sampler_config import SamplerConfig
-from mage_fast.sampler import generate, generate_ids
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import batches, open_source
 from mage_fast.training.metrics import frechet_distance

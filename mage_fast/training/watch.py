@@ -16,12 +16,11 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mage_fast.decoding import Decoding, eval_mode
+from mage_fast.decoding import Decoding, SamplerConfig, eval_mode
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
 from mage_fast.probe import knn_accuracy, linear_probe
 from mage_fast.sampler import generate
-from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.data import batches
 from mage_fast.training.metrics import enlarged, image_grid, save_png
 from mage_fast.training.run_state import module_fingerprint
@@ -84,7 +83,6 @@ class OnlineProbe:
             )
         check_same_classes("probe", train, test)
         for source in (train, test):
-            check_labelled(model, source)
             check_labelled("probe", model, source)
         self.kind, self.batch_size = kind, batch_size
         with undisturbed(model):
@@ -250,14 +248,10 @@ class _Part(Source):
         return self._source.tokens(self._chosen[indices], view)
 
 
-def check_labelled(model: MAGE, source: Source) -> None:
-    """Check that a model's features of a source can be probed.
-
-    Raises:
-        InputError: data without labels, images for a model without a tokenizer, a token cache of another
-            tokenizer or codebook.
 def check_same_classes(what: str, train: Source, test: Source) -> None:
     """Refuse held-out data whose classes have other names.
+
+    Raises:
         InputError: so.
     """
     # shards name their classes up to the largest label they hold: held-out ones may lack the last
@@ -267,8 +261,12 @@ def check_same_classes(what: str, train: Source, test: Source) -> None:
             f"{what}: {train.spec} has the classes {_some(train.class_names)}, {test.spec} "
             f"{_some(test.class_names)}, wanted the same"
         )
+
+
 def check_labelled(what: str, model: MAGE, source: Source) -> None:
     """Refuse data without labels, or that the model cannot read.
+
+    Raises:
         InputError: one class, images for a model without a tokenizer, a cache of another tokenizer.
     """
     if source.num_classes < 2:
