@@ -57,13 +57,19 @@ class TokenizerConfig(_Config):
     The defaults are the published tokenizer: 256 x 256 images, 16 x 16 tokens, 1024 codes.
     """
 
+    #: Pixels along a side.
     image_size: int = 256
+    #: Codes, each an id.
     codebook_size: int = 1024
+    #: Channels of a code.
     codebook_dim: int = 256
+    #: Channels of the first level.
     base_width: int = 128
     #: Width of each level over base_width; each level but the last halves the resolution.
     width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    #: Residual blocks of each level.
     blocks_per_level: int = 2
+    #: Groups of each GroupNorm.
     norm_groups: int = 32
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
 from mage_fast.embedding import TokenEmbedding, feature_size
 from mage_fast.encoder import Encoder
+from mage_fast.hub import HubMixin, local_path
 from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.loss import TokenHead, reconstruction_loss, rows_of_tokens
@@ -45,7 +46,7 @@ class MAGEOutput(NamedTuple):
         return {"loss": self.loss.detach()}
 
 
-class MAGE(nn.Module):
+class MAGE(HubMixin, nn.Module):
     """The masked generative encoder with its tokenizer.
 
     >>> model = MAGE(MAGEConfig.vit_b())
@@ -333,15 +334,31 @@ class MAGE(nn.Module):
         block = depth - 1 if block is None else block
         if not 0 <= block < depth:
             raise ValueError(f"MAGE: block is {block}, wanted 0 <= block < {depth}")
-        ids_BL, inputs = self._encoder_inputs(images_or_ids)
-        batch, length = ids_BL.shape
-        nothing_BL = torch.zeros(batch, length, dtype=torch.bool, device=ids_BL.device)
-        plan = plan_of_mask(nothing_BL, [0] * batch)
-        rng_state = self._dropout_state(rng_state)
-        x_TD = self.embedding(inputs, self.class_ids(None, batch), plan, rng_state)
+        x_TD, plan, rng_state = self._unmasked(images_or_ids, rng_state)
         x_TD = self.encoder.block_output(x_TD, plan, block, rng_state)
-        tokens_BLD = x_TD.view(batch, length + 1, -1)[:, 1:]
+        tokens_BLD = x_TD.unflatten(0, plan.source_BS.shape)[:, 1:]
         return tokens_BLD.mean(1) if pool else tokens_BLD
+
+    def block_features(
+        self, images_or_ids: Tensor, *, rng_state: Int64[Tensor, "2"] | None = None
+    ) -> Float[Tensor, "N B D"]:
+        """:meth:`features` after each of the encoder's N blocks, in one pass.
+
+        Equivalent PyTorch: ``torch.stack([model.features(images, block=n) for n in range(depth)])``.
+        """
+        x_TD, plan, rng_state = self._unmasked(images_or_ids, rng_state)
+        outputs = self.encoder.block_outputs(x_TD, plan, rng_state)
+        return torch.stack([x_TD.unflatten(0, plan.source_BS.shape)[:, 1:].mean(1) for x_TD in outputs])
+
+    def _unmasked(
+        self, images_or_ids: Tensor, rng_state: Tensor | None
+    ) -> tuple[Tensor, MaskPlan, Tensor | None]:
+        """The embedded tokens, a plan that masks nothing, and the dropout's state."""
+        ids_BL, inputs = self._encoder_inputs(images_or_ids)
+        plan = plan_of_mask(torch.zeros_like(ids_BL, dtype=torch.bool), [0] * len(ids_BL))
+        rng_state = self._dropout_state(rng_state)
+        x_TD = self.embedding(inputs, self.class_ids(None, len(ids_BL)), plan, rng_state)
+        return x_TD, plan, rng_state
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.
@@ -352,17 +369,21 @@ class MAGE(nn.Module):
         storage.save_pretrained(self, folder)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | Path, tokenizer: Tokenizer | None = None, *, revision: str | None = None
+    ) -> Self:
         """A model, in eval mode, from a folder of :meth:`save_pretrained`, or from a published ``.pth``.
 
         Args:
-            path: the folder or file.
+            path: the folder or file, or ``"owner/name"`` of a model hub (the extra ``hub``).
             tokenizer: yours, for a model that was saved with one of its own kind.
+            revision: branch, tag or commit on the hub.
 
         Raises:
-            CheckpointError: missing, truncated or of another width.
+            CheckpointError: missing, truncated or of another width; not to be had from the hub.
         """
-        if Path(path).is_dir():
+        path = local_path(path, revision)
+        if path.is_dir():
             values, state = storage.load_pretrained(path)
             config = MAGEConfig.from_dict(values)
         else:

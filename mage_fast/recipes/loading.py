@@ -36,6 +36,17 @@ def load_model(path: Path, device: torch.device) -> MAGE:
     return MAGE.from_pretrained(path).to(device).eval()
 
 
+def image_size(model: MAGE) -> int:
+    """Pixels along a side of a model's images.
+
+    Raises:
+        InputError: a model without a tokenizer.
+    """
+    if model.config.tokenizer is None:
+        raise InputError("this model has no tokenizer to make images with")
+    return model.config.tokenizer.image_size
+
+
 def load_tokenizer(path: Path, device: torch.device) -> VQGAN:
     """A tokenizer from its own folder, from a model's folder, or from a published ``.pth``.
 
