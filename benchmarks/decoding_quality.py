@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mage_fast.decoding import Approximation, Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
 from mage_fast.errors import InputError
 from mage_fast.files import write_json
 from mage_fast.model import MAGE
 from mage_fast.recipes.classifier import DigitClassifier
 from mage_fast.recipes.demo import FRECHET_IMAGES, SAMPLER, images_of
 from mage_fast.recipes.loading import load_model
+from mage_fast.sampler_config import Approximation, SamplerConfig
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.metrics import frechet_distance
 from mage_fast.training.run import pick_device

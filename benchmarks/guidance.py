@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mage_fast.benchmark.timing import by_the_clock
 from mage_fast.config import MAGEConfig
-from mage_fast.decoding import Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
 from mage_fast.files import write_json
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.run import pick_device
 
 BATCH, SCALE = 4, 3.0

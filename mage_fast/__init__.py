@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mage_fast import ops
     from mage_fast.acceleration import Accelerated, AcceleratedOutput, accelerate
-    from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.classification import MAGEClassifier
+    from mage_fast.config import ClassifierConfig, MAGEConfig, TokenizerConfig
     from mage_fast.contrastive import MAGEC, MAGECOutput, info_nce
-    from mage_fast.decoding import Decoding, SamplerConfig
+    from mage_fast.decoding import Decoding
+    from mage_fast.editing import Edited, Reconstructed, edit, reconstruct, token_mask
     from mage_fast.errors import CheckpointError, InputError
     from mage_fast.kernels.check import device_values
     from mage_fast.kernels.dispatch import Unsupported, use_implementation
     from mage_fast.model import MAGE, MAGEOutput
     from mage_fast.sampler import generate, generate_ids
+    from mage_fast.sampler_config import SamplerConfig
     from mage_fast.tokenizer import VQGAN, Tokenizer
 
 __version__ = "0.1.0"
@@ -33,11 +36,15 @@ __all__ = [
     "Accelerated",
     "AcceleratedOutput",
     "CheckpointError",
+    "ClassifierConfig",
     "Decoding",
+    "Edited",
     "InputError",
     "MAGECOutput",
+    "MAGEClassifier",
     "MAGEConfig",
     "MAGEOutput",
+    "Reconstructed",
     "SamplerConfig",
     "Tokenizer",
     "TokenizerConfig",
@@ -45,10 +52,13 @@ __all__ = [
     "__version__",
     "accelerate",
     "device_values",
+    "edit",
     "generate",
     "generate_ids",
     "info_nce",
     "ops",
+    "reconstruct",
+    "token_mask",
     "use_implementation",
 ]
 
@@ -56,23 +66,30 @@ _HOME = {
     "MAGE": "model",
     "MAGEC": "contrastive",
     "MAGECOutput": "contrastive",
+    "MAGEClassifier": "classification",
     "MAGEConfig": "config",
     "MAGEOutput": "model",
     "Accelerated": "acceleration",
     "AcceleratedOutput": "acceleration",
     "CheckpointError": "errors",
+    "ClassifierConfig": "config",
     "Decoding": "decoding",
+    "Edited": "editing",
+    "Reconstructed": "editing",
     "InputError": "errors",
-    "SamplerConfig": "decoding",
+    "SamplerConfig": "sampler_config",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "config",
     "Unsupported": "kernels.dispatch",
     "VQGAN": "tokenizer",
     "accelerate": "acceleration",
     "device_values": "kernels.check",
+    "edit": "editing",
     "generate": "sampler",
     "generate_ids": "sampler",
     "info_nce": "contrastive",
+    "reconstruct": "editing",
+    "token_mask": "editing",
     "use_implementation": "kernels.dispatch",
 }
 

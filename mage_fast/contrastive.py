@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mage_fast import storage
 from mage_fast.config import MAGEConfig
+from mage_fast.hub import write_card
 from mage_fast.kernels import check
 from mage_fast.kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
@@ -253,11 +254,14 @@ class MAGEC(MAGE):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the plain MAGE, see :meth:`MAGE.save_pretrained`."""
         storage.save_pretrained(self, folder, without_projector(self.state_dict()))
+        write_card(self, folder)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> MAGE:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, tokenizer: Tokenizer | None = None, *, revision: str | None = None
+    ) -> MAGE:
         """The plain MAGE that :meth:`save_pretrained` wrote, see :meth:`MAGE.from_pretrained`."""
-        return MAGE.from_pretrained(path, tokenizer)
+        return MAGE.from_pretrained(path, tokenizer, revision=revision)
 
 
 def _flattened(images_or_ids: Tensor) -> Tensor:

@@ -8,14 +8,12 @@ known, so the first step runs once for each class and is drawn from once for eac
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from mage_fast.cuda_graph import CUDAGraph
@@ -26,99 +24,7 @@ from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.linear import RoundedWeights
 from mage_fast.masking import token_counts
 from mage_fast.model import MAGE
-
-#: Part of the tokens that stays masked at progress r in (0, 1].
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda r: math.cos(math.pi / 2 * r),
-    "linear": lambda r: 1 - r,
-    "square": lambda r: 1 - r**2,
-    "square_root": lambda r: 1 - math.sqrt(r),
-    "arccos": lambda r: math.acos(r) / (math.pi / 2),
-}
-
-GuidanceSchedule = Literal["constant", "linear", "cosine"]
-#: Part of the guidance scale at progress r from the first step, 0, to the last, 1.
-GUIDANCE_SCHEDULES: dict[GuidanceSchedule, Callable[[float], float]] = {
-    "constant": lambda r: 1.0,
-    "linear": lambda r: r,
-    "cosine": lambda r: (1 - math.cos(math.pi * r)) / 2,
-}
-
-Approximation = Literal["none", "drop_masked", "cached_features"]
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """How to decode; the defaults are the published release's."""
-
-    steps: int = 20
-    #: Weight of the Gumbel noise on the confidence at the start; falls linearly to 0.
-    choice_temperature: float = 6.0
-    #: Divides the logits.
-    temperature: float = 1.0
-    schedule: str = "cosine"
-    #: Sample among the k most probable ids; 0 is all.
-    top_k: int = 0
-    #: Sample within the smallest set of ids of this mass; 1 is all.
-    top_p: float = 1.0
-    #: Classifier-free guidance: weight of conditional minus unconditional logits. 0 is off.
-    guidance_scale: float = 0.0
-    #: linear and cosine: the weight rises from 0 at the first step, so that samples stay diverse, to
-    #: guidance_scale at the last (MUSE, section 2.7).
-    guidance_schedule: GuidanceSchedule = "constant"
-    #: Faster and not the same numbers, off by default. drop_masked: the encoder of a "paper" model drops
-    #: masked tokens as in training, ``drop_ratio`` of all tokens or as many as there are, drawn at each step.
-    #: cached_features: at every second step from the third on, it computes only the tokens decided last.
-    approximation: Approximation = "none"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"SamplerConfig: steps is {self.steps}, wanted at least 1")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"SamplerConfig: schedule is {self.schedule!r}, wanted one of {', '.join(SCHEDULES)}"
-            )
-        for name, kinds in (("approximation", Approximation), ("guidance_schedule", GuidanceSchedule)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(
-                    f"SamplerConfig: {name} is {getattr(self, name)!r}, wanted one of "
-                    f"{', '.join(get_args(kinds))}"
-                )
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(
-                f"SamplerConfig: guidance_scale is {self.guidance_scale}, wanted a finite number"
-            )
-        if self.choice_temperature < 0 or not self.temperature > 0:
-            raise ValueError(
-                f"SamplerConfig: (choice_temperature, temperature) is "
-                f"{(self.choice_temperature, self.temperature)}, wanted 0 or more and more than 0"
-            )
-        if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
-            raise ValueError(
-                f"SamplerConfig: (top_k, top_p) is {(self.top_k, self.top_p)}, wanted top_k >= 0 and "
-                "0 < top_p <= 1"
-            )
-
-    def guidance_at(self, step: int) -> float:
-        """Weight of conditional minus unconditional logits at a step, from 0; an only step has all of it."""
-        progress = step / (self.steps - 1) if self.steps > 1 else 1.0
-        return self.guidance_scale * GUIDANCE_SCHEDULES[self.guidance_schedule](progress)
-
-
-def masked_counts(schedule: str, steps: int, num_unknown_B: Int[Tensor, "B"]) -> Int64[Tensor, "steps B"]:
-    """How many tokens stay masked after each step: floor(unknown * schedule((t + 1) / steps)).
-
-    A sample with unknown tokens keeps at least one masked and decides at least one a step, as long as it
-    can. Each sample has its own counts (in inpainting samples differ).
-    """
-    counts = []
-    left_B = num_unknown_B.to(torch.int64)
-    for t in range(steps):
-        part = max(0.0, SCHEDULES[schedule]((t + 1) / steps))
-        wanted_B = (num_unknown_B.double() * part).floor().to(torch.int64)
-        left_B = torch.where(num_unknown_B > 0, wanted_B.minimum(left_B - 1).clamp(min=1), 0)
-        counts.append(left_B)
-    return torch.stack(counts)
+from mage_fast.sampler_config import SamplerConfig, halton_order, last_in_order, masked_counts
 
 
 class _Kind(NamedTuple):
@@ -142,6 +48,8 @@ class _Inputs(NamedTuple):
     samples_B: Int64[Tensor, "B"]
     #: Tokens that stay masked after each step.
     counts_TB: Int64[Tensor, "steps B"]
+    #: Place of each unknown token in the order, from the last one, 1; no columns where confidence orders.
+    place_BL: Int64[Tensor, "B L"] | Int64[Tensor, "B 0"]
     #: ``(seed, step)`` of each step.
     rng_states_T2: Int64[Tensor, "steps 2"]
 
@@ -162,7 +70,8 @@ class Decoding:
         config: settings; the published release's by default.
 
     Raises:
-        ValueError: an approximation that means nothing to this model, or a model that sees features.
+        ValueError: an approximation that means nothing to this model, a ``top_k`` over its codes, or a model
+            that sees features.
     """
 
     def __init__(self, model: MAGE, config: SamplerConfig | None = None) -> None:
@@ -177,6 +86,9 @@ class Decoding:
                 f"Decoding: approximation is {self.config.approximation!r}, wanted 'none': this model's "
                 f"encoder sees {model.config.encoder_tokens} tokens only"
             )
+        codes = model.config.codebook_size
+        if self.config.top_k > codes:
+            raise ValueError(f"Decoding: top_k is {self.config.top_k}, wanted at most the {codes} codes")
         drop_ratio = torch.tensor([model.config.drop_ratio], dtype=torch.float64)
         self._most_dropped = int(token_counts(drop_ratio, model.config.num_tokens))
         self._weights = RoundedWeights(model)
@@ -220,8 +132,27 @@ class Decoding:
         first_sample: int = 0,
     ) -> Iterator[Int64[Tensor, "B L"]]:
         """Yield all tokens as decided after each step; the last are what a call gives."""
+        for sampled_BL, _ in self.masked_steps(
+            batch, ids_BL=ids_BL, labels_B=labels_B, seed=seed, first_sample=first_sample
+        ):
+            yield sampled_BL
+
+    @torch.no_grad()
+    def masked_steps(
+        self,
+        batch: int | None = None,
+        *,
+        ids_BL: Int[Tensor, "B L"] | None = None,
+        labels_B: Int[Tensor, "B"] | None = None,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> Iterator[tuple[Int64[Tensor, "B L"], Bool[Tensor, "B L"]]]:
+        """Yield as :meth:`steps`, and which of the tokens are masked again; none after the last step."""
+        kind, inputs = self._prepare(batch, ids_BL, labels_B, seed, first_sample)
         with eval_mode(self.model):  # weights are not lent: between steps the model is the caller's
-            yield from self._steps(*self._prepare(batch, ids_BL, labels_B, seed, first_sample))
+            for t, (sampled_BL, next_BL) in enumerate(self._steps(kind, inputs)):
+                masked_again_BL = next_BL == self.model.config.mask_token_id
+                yield sampled_BL, masked_again_BL & (t + 1 < self.config.steps)
 
     def _surroundings(self) -> tuple:
         """What else a captured graph holds for good."""
@@ -267,10 +198,18 @@ class Decoding:
             row_B,
             torch.arange(first_sample, first_sample + batch, device=device),
             counts_TB.to(device),
+            self._places(ids_BL),
             torch.tensor([(seed, t) for t in range(steps)], device=device),
         )
         before = (num_unknown, *(tuple(counts_B) for counts_B in counts_TB[:-1].tolist()))
         return _Kind(before, len(shared_G)), inputs
+
+    def _places(self, ids_BL: Tensor) -> Tensor:
+        """When each unknown token is decided, where that is known before its confidence."""
+        if self.config.order == "confidence":
+            return ids_BL.new_empty(len(ids_BL), 0, dtype=torch.int64)
+        order_L = halton_order(self.model.config.grid_size).to(ids_BL.device)
+        return last_in_order(ids_BL == self.model.config.mask_token_id, order_L)
 
     @staticmethod
     def _shared_classes(class_ids_B: Tensor, all_alike: bool) -> tuple[Tensor, Tensor]:
@@ -286,18 +225,20 @@ class Decoding:
     def _last(self, kind: _Kind, inputs: _Inputs) -> Tensor:
         """The ids after all steps."""
         ids_BL = inputs.ids_BL
-        for sampled_BL in self._steps(kind, inputs):
+        for sampled_BL, _ in self._steps(kind, inputs):
             ids_BL = sampled_BL
         return ids_BL
 
-    def _steps(self, kind: _Kind, inputs: _Inputs) -> Iterator[Tensor]:
-        """The steps proper, which a CUDA graph may hold: no wait for the device, no copy from the host."""
+    def _steps(self, kind: _Kind, inputs: _Inputs) -> Iterator[tuple[Tensor, Tensor]]:
+        """The steps proper: all tokens as sampled, and the next step's input. A CUDA graph may hold them: no
+        wait for the device, no copy from the host.
+        """
         config, ids_BL = self.config, inputs.ids_BL
         length, mask_token_id = self.model.config.num_tokens, self.model.config.mask_token_id
         cache = FeatureCache(self.model) if config.approximation == "cached_features" else None
         for t, num_masked in enumerate(kind.num_masked):
             if not any(num_masked):
-                yield ids_BL
+                yield ids_BL, ids_BL
                 continue
             state, scale = inputs.rng_states_T2[t], config.guidance_at(t)
             guided = scale != 0.0
@@ -319,9 +260,9 @@ class Decoding:
                 ids_BL,
                 inputs.counts_TB[t],
                 mask_token_id=mask_token_id,
-                choice_temperature=config.choice_temperature * (1 - (t + 1) / config.steps),
+                choice_temperature=config.choice_temperature_at(t),
                 rng_state=state,
-                temperature=config.temperature,
+                temperature=config.temperature_at(t),
                 top_k=config.top_k,
                 top_p=config.top_p,
                 guidance_logits_NC=guidance,
@@ -329,7 +270,10 @@ class Decoding:
                 rows_BL=rows_BL,
                 samples_B=inputs.samples_B,
             )
-            yield sampled_BL
+            if config.order != "confidence":
+                is_later_BL = inputs.place_BL <= inputs.counts_TB[t][:, None]
+                ids_BL = sampled_BL.masked_fill(is_later_BL, mask_token_id)
+            yield sampled_BL, ids_BL
 
     def _logits(
         self,

@@ -19,6 +19,7 @@ from mage_fast.config import MAGEConfig
 from mage_fast.decoder import Decoder
 from mage_fast.embedding import TokenEmbedding, feature_size
 from mage_fast.encoder import Encoder
+from mage_fast.hub import HubMixin, local_path
 from mage_fast.kernels import check, rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.loss import TokenHead, reconstruction_loss, rows_of_tokens
@@ -45,7 +46,7 @@ class MAGEOutput(NamedTuple):
         return {"loss": self.loss.detach()}
 
 
-class MAGE(nn.Module):
+class MAGE(HubMixin, nn.Module):
     """The masked generative encoder with its tokenizer.
 
     >>> model = MAGE(MAGEConfig.vit_b())
@@ -94,6 +95,10 @@ class MAGE(nn.Module):
             self.tokenizer.eval()
         return self
 
+    @property
+    def _device(self) -> torch.device:
+        return self.embedding.position_embeddings.weight.device
+
     def tokenize(self, images_or_ids: Tensor) -> Int64[Tensor, "B L"]:
         """Codebook ids, on the model's device, of images ``[B, 3, H, W]`` in [0, 1] or of ids of any
         integer dtype.
@@ -125,15 +130,15 @@ class MAGE(nn.Module):
             ids_BL, features_BLC = tokenizer.encode_with_features(images_or_ids)
         ids_BL = self._checked_ids(ids_BL)
         check.shape("MAGE", "features", features_BLC, (*ids_BL.shape, tokenizer.feature_size))
-        bias = self.head.bias
-        return ids_BL, features_BLC.to(bias.device, bias.dtype, non_blocking=True)
+        position = self.embedding.position_embeddings.weight
+        return ids_BL, features_BLC.to(position.device, position.dtype, non_blocking=True)
 
     def _checked_ids(self, ids_BL: Tensor) -> Int64[Tensor, "B L"]:
         check.dtype("MAGE", "ids", ids_BL, _ID_DTYPES)
         check.shape("MAGE", "ids", ids_BL, (None, self.config.num_tokens))
         ids_BL = ids_BL.to(torch.int64)
         check.values("MAGE", "ids", ids_BL, 0, self.config.codebook_size)
-        return ids_BL.to(self.head.bias.device, non_blocking=True)
+        return ids_BL.to(self._device, non_blocking=True)
 
     def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
         """Ids of the first position: ``codebook_size + label``, or the unconditional id.
@@ -142,7 +147,7 @@ class MAGE(nn.Module):
             ValueError: labels that are not integers, another number of them than samples, or (read on the
                 CPU only) one outside the model's classes or equal to the unconditional class.
         """
-        config, device = self.config, self.head.bias.device
+        config, device = self.config, self._device
         if labels_B is None:
             return torch.full((batch,), config.unconditional_class_id, device=device)
         check.integer("MAGE", "labels", labels_B)
@@ -227,7 +232,7 @@ class MAGE(nn.Module):
         """The given state on the model's device; drawn from torch's generator where dropout wants one."""
         if rng_state is None and self.training and self.config.dropout > 0.0:
             rng_state = rng.new_state()
-        return None if rng_state is None else rng_state.to(self.head.bias.device, non_blocking=True)
+        return None if rng_state is None else rng_state.to(self._device, non_blocking=True)
 
     def decode_features(
         self,
@@ -364,17 +369,21 @@ class MAGE(nn.Module):
         storage.save_pretrained(self, folder)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | Path, tokenizer: Tokenizer | None = None, *, revision: str | None = None
+    ) -> Self:
         """A model, in eval mode, from a folder of :meth:`save_pretrained`, or from a published ``.pth``.
 
         Args:
-            path: the folder or file.
+            path: the folder or file, or ``"owner/name"`` of a model hub (the extra ``hub``).
             tokenizer: yours, for a model that was saved with one of its own kind.
+            revision: branch, tag or commit on the hub.
 
         Raises:
-            CheckpointError: missing, truncated or of another width.
+            CheckpointError: missing, truncated or of another width; not to be had from the hub.
         """
-        if Path(path).is_dir():
+        path = local_path(path, revision)
+        if path.is_dir():
             values, state = storage.load_pretrained(path)
             config = MAGEConfig.from_dict(values)
         else:

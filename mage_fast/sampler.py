@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from mage_fast.decoding import Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
 from mage_fast.kernels import check, rng
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import SamplerConfig
 
 
 def generate_ids(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mage_fast import storage
 from mage_fast.config import TokenizerConfig
+from mage_fast.hub import HubMixin, local_path
 from mage_fast.kernels.ops.group_norm_silu.api import group_norm_silu
 from mage_fast.kernels.ops.nearest_code.api import nearest_code
 
@@ -275,7 +276,7 @@ class Quantizer(nn.Module):
         return self.embedding(ids_BL).unflatten(1, grid).permute(0, 3, 1, 2)
 
 
-class VQGAN(nn.Module):
+class VQGAN(HubMixin, nn.Module):
     """The paper's convolutional tokenizer (section 3.1), of any size."""
 
     def __init__(self, config: TokenizerConfig | None = None) -> None:
@@ -367,25 +368,19 @@ class VQGAN(nn.Module):
         return Reconstruction(self.decode_features(straight_through_BCHW), ids_BL, z_BCHW, z_q_BCHW)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """The tokenizer of a folder written by :meth:`save_pretrained`.
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None) -> Self:
+        """The tokenizer of a folder of :meth:`save_pretrained`, or of ``"owner/name"`` on a model hub.
 
         Raises:
-            CheckpointError: a file is missing, truncated or of another configuration.
+            CheckpointError: a file is missing, truncated or of another configuration; not to be had from the
+                hub.
             ValueError: ``config.json`` has an unknown key or a value out of range.
         """
+        folder = local_path(folder, revision)
         values, state = storage.load_pretrained(folder)
         tokenizer = cls(TokenizerConfig.from_dict(values))
         storage.load_state(tokenizer, state, folder)
         return tokenizer
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``; an earlier pair is replaced whole or kept.
-
-        Raises:
-            CheckpointError: the folder cannot be made or written.
-        """
-        storage.save_pretrained(self, folder)
 
 
 def _to_channels_last(module: nn.Module, *_: object) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mage_fast.config import MAGEConfig
-from mage_fast.decoding import Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
+from mage_fast.sampler_config import SamplerConfig
 
 
 class Stub(nn.Module):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mage_fast.config import MAGEConfig
-from mage_fast.decoding import SamplerConfig
 from mage_fast.kernels import dispatch, rng
 from mage_fast.model import MAGE
 from mage_fast.sampler import generate_ids
+from mage_fast.sampler_config import SamplerConfig
 
 #: Backend and the device that it runs on here; "reference" runs beside it there.
 BACKENDS = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}

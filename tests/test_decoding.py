@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mage_fast import decoding, reference
-from mage_fast.decoding import Approximation, Decoding, SamplerConfig, masked_counts
+from mage_fast.decoding import Decoding
 from mage_fast.kernels import rng
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import Approximation, SamplerConfig, masked_counts
 from tests.models import assert_near, tiny, twin
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
@@ -253,7 +254,12 @@ class OnDevice(TorchDispatchMode):
 @pytest.mark.parametrize("encoder_tokens", ["paper", "unmasked"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"guidance_scale": 2.0, "top_k": 4}, *({"approximation": a} for a in get_args(Approximation)[1:])],
+    [
+        {},
+        {"guidance_scale": 2.0, "top_k": 4},
+        {"order": "halton", "final_temperature": 0.5},
+        *({"approximation": a} for a in get_args(Approximation)[1:]),
+    ],
     ids=str,
 )
 def test_no_step_waits_for_a_gpu_or_copies_to_it(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mage_fast import reference
-from mage_fast.decoding import Decoding, SamplerConfig, masked_counts
+from mage_fast.decoding import Decoding
 from mage_fast.feature_cache import FeatureCache
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import SamplerConfig, masked_counts
 from tests.models import assert_near, masks, tiny, twin
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mage_fast import decoding
-from mage_fast.decoding import Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
 from mage_fast.kernels import dispatch
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import SamplerConfig
 from tests.models import tiny
 
 

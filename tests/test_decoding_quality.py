@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.decoding_quality import VARIANTS, measure
 from mage_fast.config import MAGEConfig
-from mage_fast.decoding import SamplerConfig
 from mage_fast.model import MAGE
 from mage_fast.sampler import generate
+from mage_fast.sampler_config import SamplerConfig
 
 
 def test_records() -> None:

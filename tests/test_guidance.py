@@ -15,9 +15,10 @@ from torch import Tensor
 from benchmarks import guidance
 from mage_fast import MAGEConfig
 from mage_fast.cli import main
-from mage_fast.decoding import Decoding, GuidanceSchedule, SamplerConfig, _Inputs, masked_counts
+from mage_fast.decoding import Decoding, _Inputs
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import GuidanceSchedule, SamplerConfig, masked_counts
 from tests.models import assert_near, twin
 from tests.test_decoding import OnDevice, Spy, build, partly_known
 

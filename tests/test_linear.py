@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from mage_fast.config import MAGEConfig
-from mage_fast.decoding import Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
 from mage_fast.linear import Linear, RoundedWeights
 from mage_fast.model import MAGE
+from mage_fast.sampler_config import SamplerConfig
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from mage_fast import reference
 from mage_fast.config import MAGEConfig
-from mage_fast.decoding import SCHEDULES, Decoding, SamplerConfig, masked_counts
+from mage_fast.decoding import Decoding
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan, plan_of_mask
 from mage_fast.model import MAGE
 from mage_fast.sampler import generate, generate_batches, generate_ids
+from mage_fast.sampler_config import SCHEDULES, SamplerConfig, masked_counts
 from tests.sampler_stub import Stub
 
 few = settings(max_examples=40, deadline=None, derandomize=True)

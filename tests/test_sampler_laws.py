@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mage_fast import reference
-from mage_fast.decoding import SamplerConfig
+from mage_fast.sampler_config import SamplerConfig
 from tests.sampler_stub import Stub
 
 LAWS = torch.tensor(

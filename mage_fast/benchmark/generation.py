@@ -30,11 +30,12 @@ from mage_fast.benchmark.end_to_end import (
 )
 from mage_fast.benchmark.gate import Incorrect
 from mage_fast.benchmark.timing import FEWEST_ROUNDS, Run
-from mage_fast.decoding import Decoding, SamplerConfig, masked_counts
+from mage_fast.decoding import Decoding
 from mage_fast.kernels.ops.sample_confident.api import sample_confident
 from mage_fast.kernels.roofline import Work
 from mage_fast.model import MAGE
 from mage_fast.sampler import generate_ids
+from mage_fast.sampler_config import SamplerConfig, masked_counts
 
 #: Images at a time, by device type.
 BATCHES = {"cuda": (64, 4, 1), "cpu": (4, 1)}

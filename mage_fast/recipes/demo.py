@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mage_fast.decoding import SamplerConfig
+from mage_fast.editing import hide_tokens, reconstruct
 from mage_fast.files import write_json
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
@@ -24,7 +24,8 @@ from mage_fast.recipes.demo_report import Report, write_report
 from mage_fast.recipes.features import extract_features
 from mage_fast.recipes.loading import load_model
 from mage_fast.recipes.pictures import write_grid
-from mage_fast.sampler import generate, generate_ids
+from mage_fast.sampler import generate
+from mage_fast.sampler_config import SamplerConfig
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.data import batches, open_source
 from mage_fast.training.metrics import frechet_distance
@@ -132,13 +133,13 @@ def run(config: DemoConfig) -> dict[str, float]:
 
     stage("5/5 report")
     shown = test[0][:8]
-    masked, completions = masked_reconstruction(model, shown, seed=config.seed)
+    completed = reconstruct(model, shown, ratio=0.75, tries=3, config=SAMPLER, seed=config.seed)
     write_grid(generated[:64], config.out / "samples.png")
     report = Report(
         originals=shown,
         reconstructions=_reconstruct(model.tokenizer, shown),
-        masked=masked,
-        completions=completions,
+        masked=hide_tokens(shown, completed.is_masked_BL),
+        completions=list(completed.images_TB3HW),
         generated=generated[:64],
         marginal=marginal[:16],
         metrics_log=config.out / "pretrain" / "metrics.jsonl",
@@ -175,25 +176,3 @@ def marginal_tokens(tokenizer: VQGAN, images: Tensor, seed: int) -> Tensor:
 def _probe(model: MAGE) -> float:
     train, test = (extract_features(model, "digits", split) for split in ("train", "test"))
     return linear_probe(*train, *test).test_top1
-
-
-@torch.no_grad()
-def masked_reconstruction(
-    model: MAGE, images: Tensor, *, seed: int, ratio: float = 0.75, tries: int = 3
-) -> tuple[Tensor, list[Tensor]]:
-    """Images with 75% of their tokens hidden (grey), and completions with several seeds (figure 2)."""
-    assert isinstance(model.tokenizer, VQGAN)
-    ids_BL = model.tokenizer.encode(images)
-    batch, length = ids_BL.shape
-    noise_BL = rng.words(rng.new_state(seed), rng.stream(rng.Stream.MASK_PLAN), batch, length)
-    hidden_BL = (noise_BL.argsort(1).argsort(1) < round(ratio * length)).to(ids_BL.device)
-    known_BL = ids_BL.masked_fill(hidden_BL, model.config.mask_token_id)
-    completions = [
-        model.tokenizer.decode(generate_ids(model, ids_BL=known_BL, config=SAMPLER, seed=seed + number))
-        for number in range(tries)
-    ]
-    side, pixels = model.config.grid_size, model.tokenizer.config.downsampling
-    hidden_B1HW = (
-        hidden_BL.view(batch, 1, side, side).repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
-    )
-    return torch.where(hidden_B1HW, 0.5, images), completions

@@ -45,7 +45,7 @@ def open_labelled(model: MAGE, data: str, split: Split) -> Source:
     """
     tokenizer = model.config.tokenizer
     source = open_source(data, image_size=tokenizer.image_size if tokenizer else 256, split=split)
-    check_labelled(model, source)
+    check_labelled("probe", model, source)
     return source
 
 

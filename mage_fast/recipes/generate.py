@@ -1,35 +1,32 @@
-"""``mage-fast generate``: images from a trained model, one PNG each."""
+"""``mage-fast generate``: images from a trained model, one PNG each, and how they came about."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mage_fast.decoding import Decoding, SamplerConfig
+from mage_fast.decoding import Decoding
+from mage_fast.editing import GREY, hide_tokens
 from mage_fast.errors import InputError
-from mage_fast.files import write_json
 from mage_fast.recipes.loading import Precision, load_model, precision_context
-from mage_fast.recipes.pictures import write_grid
+from mage_fast.recipes.outputs import GRID, PNGWriter, claim
+from mage_fast.recipes.pictures import write_animation, write_grid
+from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.images import read_rgb
 from mage_fast.training.logs import progress
-from mage_fast.training.metrics import save_png, to_uint8
-from mage_fast.training.run import check_settings, pick_device
+from mage_fast.training.metrics import to_uint8
+from mage_fast.training.run import pick_device
 from mage_fast.training.run_state import module_fingerprint
 
 SETTINGS = "generate.json"
 GRID_IMAGES = 64
-#: Threads that compress PNG files.
-WRITERS = 4
+ANIMATION = "animation.webp"
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,8 @@ class GenerateConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     #: With the image's number it decides the image, whatever the batch size.
     seed: int = 0
+    #: Also write animation.webp: the images of grid.png after each step, masked tokens grey.
+    animate: bool = False
     batch_size: int = 64
     device: str = "auto"
     precision: Precision = "fp32"
@@ -74,9 +73,17 @@ def run(config: GenerateConfig) -> dict[str, object]:
     # a wrong label, a model that does not generate: refused before anything is written
     model.class_ids(labels, config.count)
     decode = Decoding(model, config.sampler)
-    _claim(config, module_fingerprint(model))
-    for leftover in config.out.glob(".*.png.tmp"):  # of a run that was killed
-        leftover.unlink()
+    settings = {
+        **dataclasses.asdict(config.sampler),
+        **{
+            "seed": config.seed,
+            "label": config.label,
+            "labels": list(config.labels),
+            "precision": config.precision,
+        },
+        "model": module_fingerprint(model),
+    }
+    claim(config.out, SETTINGS, settings)
     paths = [config.out / f"{index:06d}.png" for index in range(config.count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     starts = sorted({index // config.batch_size * config.batch_size for index in missing})
@@ -93,49 +100,11 @@ def run(config: GenerateConfig) -> dict[str, object]:
                 images_B3HW = to_uint8(model.tokenizer.decode(ids_BL))
             writer.write(images_B3HW, paths[part])
     if missing and missing[0] < GRID_IMAGES:
-        _grid(paths[:GRID_IMAGES], config.out / "grid.png")
+        _grid(paths[:GRID_IMAGES], config.out / GRID)
+    if config.animate:
+        with precision_context(config.precision, device):
+            write_animation(_frames(config, decode, labels), config.out / ANIMATION)
     return {"images": config.count, "new": len(missing), "out": str(config.out)}
-
-
-class PNGWriter:
-    """Compresses and writes batches of images in threads, while the next batch is computed.
-
-    A batch waits until the one before it is written: two are in memory at most. As a context manager it
-    ends when all files are there, or at the first error.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(WRITERS)
-        self._pending: list[Future[None]] = []
-
-    def write(self, images_BCHW: Tensor, paths: Sequence[Path]) -> None:
-        """Begin to write uint8 images; files that are there stay.
-
-        Raises:
-            OSError: a file of an earlier batch could not be written.
-        """
-        self._wait()
-        self._pending = [
-            self._pool.submit(save_png, image, path)
-            for image, path in zip(images_BCHW, paths, strict=True)
-            if not path.exists()
-        ]
-
-    def _wait(self) -> None:
-        for written in self._pending:
-            written.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._wait()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
 
 
 def _labels(config: GenerateConfig) -> Tensor | None:
@@ -151,28 +120,26 @@ def _labels(config: GenerateConfig) -> Tensor | None:
     return torch.tensor(labels)[torch.arange(config.count) % len(labels)] if labels else None
 
 
-def _claim(config: GenerateConfig, fingerprint: str) -> None:
-    """Note the settings in the folder, or compare them with those noted."""
-    settings = {
-        **dataclasses.asdict(config.sampler),
-        **{
-            "seed": config.seed,
-            "label": config.label,
-            "labels": list(config.labels),
-            "precision": config.precision,
-        },
-        "model": fingerprint,
-    }
-    if config.out.exists() and not config.out.is_dir():
-        raise InputError(f"{config.out} is a file, wanted a folder for the images")
-    path = config.out / SETTINGS
-    if path.exists():
-        check_settings(config.out, json.loads(path.read_text()), settings)
-    elif config.out.exists() and any(config.out.glob("*.png")):
-        raise InputError(f"{config.out} holds images of something else: give another --out")
-    else:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+@torch.no_grad()
+def _frames(config: GenerateConfig, decode: Decoding, labels: Tensor | None) -> Iterator[Tensor]:
+    """The grid's images before the first step, all grey, and after each; what is masked again is grey."""
+    tokenizer, count, size = decode.model.tokenizer, min(config.count, GRID_IMAGES), config.batch_size
+    assert tokenizer is not None
+    steps_of_batches = [
+        decode.masked_steps(
+            min(size, count - first),
+            labels_B=None if labels is None else labels[first : min(first + size, count)],
+            seed=config.seed,
+            first_sample=first,
+        )
+        for first in range(0, count, size)
+    ]
+    steps = zip(*steps_of_batches, strict=True)
+    for number, batches in enumerate(progress(steps, "animate", config.sampler.steps)):
+        images = torch.cat([hide_tokens(tokenizer.decode(ids_BL), mask_BL) for ids_BL, mask_BL in batches])
+        if number == 0:
+            yield torch.full_like(images, GREY)
+        yield images
 
 
 def _grid(paths: list[Path], path: Path) -> None:

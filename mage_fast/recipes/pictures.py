@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from mage_fast.files import atomic_path
-from mage_fast.training.metrics import enlarged, image_grid, save_png
+from mage_fast.training.metrics import enlarged, image_grid, save_png, to_uint8
 
 
 def write_grid(
@@ -22,6 +23,29 @@ def write_grid(
     Small images are enlarged by whole pixels, ``zoom`` times or until their side is about 64.
     """
     save_png(image_grid(enlarged(images, zoom), columns or math.ceil(math.sqrt(len(images)))), path)
+
+
+#: Milliseconds that a picture of an animation is shown, and the last one.
+FRAME_MS, LAST_FRAME_MS = 200, 2000
+
+
+def write_animation(frames: Iterable[Float[Tensor, "N 3 H W"]], path: Path) -> None:
+    """An animated WebP file without end, a grid as :func:`write_grid` makes it for each frame."""
+    pictures = []
+    for images in frames:
+        grid_CHW = image_grid(enlarged(images), math.ceil(math.sqrt(len(images))))
+        pictures.append(Image.fromarray(to_uint8(grid_CHW).permute(1, 2, 0).contiguous().numpy()))
+    durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
+    with atomic_path(path) as temporary:
+        pictures[0].save(
+            temporary,
+            format="WEBP",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations,
+            loop=0,
+            quality=90,
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -46,6 +70,9 @@ CURVES = {
     "peak_memory_mib": "peak memory, MiB",
     "knn_top1": "k-NN accuracy",
     "linear_top1": "linear probe accuracy",
+    "test_loss": "held-out loss",
+    "test_top1": "held-out accuracy",
+    "test_top5": "held-out top-5 accuracy",
 }
 
 

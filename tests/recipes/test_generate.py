@@ -16,8 +16,8 @@ import torch
 
 from mage_fast import MAGE, MAGEConfig
 from mage_fast.cli import main
-from mage_fast.recipes import generate
-from mage_fast.recipes.generate import PNGWriter
+from mage_fast.recipes import outputs
+from mage_fast.recipes.outputs import PNGWriter
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_two_batches_are_in_memory_at_most(tmp_path: Path, monkeypatch: pytest.M
         assert gate.acquire(timeout=60)
         saved.append(int(image[0, 0, 0]))
 
-    monkeypatch.setattr(generate, "save_png", slow)
+    monkeypatch.setattr(outputs, "save_png", slow)
     accepted: list[int] = []
 
     def produce(writer: PNGWriter) -> None:

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mage_fast.config import MAGEConfig
-from mage_fast.decoding import SamplerConfig
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
 from mage_fast.probe import knn_accuracy, linear_probe
 from mage_fast.sampler import generate
+from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.data import batches, open_source
 from mage_fast.training.metrics import to_uint8
 from mage_fast.training.optim import build_adamw

@@ -18,13 +18,16 @@ class _Padding:
     """Packed rows <-> ``[B, M]``, a plain view where every sequence has the greatest length."""
 
     def __init__(self, cu_seqlens: Tensor, total: int, longest: int) -> None:
-        longest = min(longest, total)  # nothing to index where every sequence is empty
-        self.batch, self.longest, self.total = len(cu_seqlens) - 1, longest, total
+        if total < longest:  # nothing to index where every sequence is empty
+            longest = total
+        self.batch, self.longest, self.total = cu_seqlens.shape[0] - 1, longest, total
         self.uniform = total == self.batch * longest
         if not self.uniform:
             position_M = torch.arange(longest, device=cu_seqlens.device)
             self.rows_BM = cu_seqlens[:-1, None] + position_M
             self.valid_BM = self.rows_BM < cu_seqlens[1:, None]
+            # not a boolean index: its size would be read from the device, and be unknown to torch.export
+            self.row_T = torch.nonzero_static(self.valid_BM.flatten(), size=total).flatten()
 
     def pad(self, x: Tensor) -> Tensor:
         """``[T, H, ...]`` to ``[B, H, M, ...]``."""
@@ -35,7 +38,8 @@ class _Padding:
     def pack(self, x: Tensor) -> Tensor:
         """``[B, H, M, ...]`` to ``[T, H, ...]``."""
         x = x.transpose(1, 2)
-        return x.flatten(0, 1) if self.uniform else x[self.valid_BM]
+        x = x.flatten(0, 1)
+        return x if self.uniform else x.index_select(0, self.row_T)
 
     def hide(self, scores_BHQK: Tensor) -> Tensor:
         """-inf at keys past a sequence's end."""

@@ -67,7 +67,7 @@ def pad_decoder(
         check.shape(op, "mask_token", mask_token_D, (features,))
         check.floating(op, "mask_token", mask_token_D)
     else:
-        check.values(op, "cu_seqlens[:-1]", cu_seqlens.narrow(0, 0, len(source_BS)), 0, rows)
+        check.values(op, "cu_seqlens[:-1]", cu_seqlens.narrow(0, 0, source_BS.shape[0]), 0, rows)
     check.values(op, "source", source_BS, -1, rows)
     check.same_device(
         op,
