@@ -165,11 +165,12 @@ def _page(gr: ModuleType, actions: Actions) -> Any:
             return image, _unpainted(actions, image)
 
         def edit(image: Any, painted: dict[str, Any], *values: Any) -> Result:
+            if painted["background"] is None:  # thrown away by the editor's bin
+                raise InputError("there is no image: choose an example or upload one")
             return actions.edit(image, painted["layers"], Settings(*values))
 
         on(samples.click, pick, [samples], [image, editor])
         on(upload.upload, read, [upload], [image, editor])
-        on(editor.clear, functools.partial(_unpainted, actions), [image], editor)
         on(run_edit.click, edit, [image, editor, *settings], [seen, edited])
         on(
             run_reconstruct.click,
