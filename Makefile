@@ -7,7 +7,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench sanitize compile-gate lint format clean
+.PHONY: help setup demo test docs bench sanitize compile-gate lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -30,8 +30,8 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kern
 demo: $(STAMP) ## train, generate and probe on real handwritten digits; writes out/demo/report.html
 	$(BIN)/mage-fast demo
 
-test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest -q
+test: $(STAMP) ## the whole test suite, on all cores
+	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 
 bench: $(STAMP) ## time every op at its real shapes; writes benchmarks/results/<device>.json
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-max-time 0.5
@@ -51,6 +51,9 @@ sanitize: $(STAMP) ## the C++ kernels' tests under AddressSanitizer and UBSan
 
 compile-gate: $(STAMP) ## compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(BIN)/python -m benchmarks.compile_gate
+
+docs: $(STAMP) ## the documentation as a site, in site/
+	$(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## ruff, ruff format and mypy, without changing a file
 	$(BIN)/ruff check .

@@ -10,8 +10,8 @@ and, given equal logits, the same sampled ids on CPU, in the Triton interpreter 
 host, so a captured CUDA graph draws fresh numbers at each replay. A Philox block is four 32-bit words,
 read in memory order:
 
-* 32 bits  (mask plan, Gumbel noise): the row is the sample's index, so a sample's numbers do not depend on
-  the batch it is in; element ``e`` of the sample reads word ``e % 4`` of block ``e // 4``.
+* 32 bits  (mask plan, Gumbel noise, drop path): the row is the sample's index, so a sample's numbers do not
+  depend on the batch it is in; element ``e`` of the sample reads word ``e % 4`` of block ``e // 4``.
 * 16 bits  (dropout of activations): element ``e`` of the flattened tensor reads half ``e % 8`` of block
   ``e // 8``, the row being 0 (the high word of a 64-bit block number).
 *  8 bits  (dropout of attention probabilities): the row is ``query * heads + head``, ``query`` the packed
@@ -54,6 +54,8 @@ class Stream(IntEnum):
     SAMPLE_ID = 8
     SAMPLE_CONFIDENCE = 9
     LABEL_DROPOUT = 10
+    ATTENTION_PATH = 11
+    MLP_PATH = 12
 
 
 def stream(kind: Stream, layer: int = 0) -> int:

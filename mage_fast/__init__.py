@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mage_fast import ops
     from mage_fast.acceleration import Accelerated, AcceleratedOutput, accelerate
-    from mage_fast.config import MAGEConfig, TokenizerConfig
+    from mage_fast.classification import MAGEClassifier
+    from mage_fast.config import ClassifierConfig, MAGEConfig, TokenizerConfig
     from mage_fast.contrastive import MAGEC, MAGECOutput, info_nce
     from mage_fast.decoding import Decoding
     from mage_fast.editing import Edited, Reconstructed, edit, reconstruct, token_mask
@@ -35,10 +36,12 @@ __all__ = [
     "Accelerated",
     "AcceleratedOutput",
     "CheckpointError",
+    "ClassifierConfig",
     "Decoding",
     "Edited",
     "InputError",
     "MAGECOutput",
+    "MAGEClassifier",
     "MAGEConfig",
     "MAGEOutput",
     "Reconstructed",
@@ -63,11 +66,13 @@ _HOME = {
     "MAGE": "model",
     "MAGEC": "contrastive",
     "MAGECOutput": "contrastive",
+    "MAGEClassifier": "classification",
     "MAGEConfig": "config",
     "MAGEOutput": "model",
     "Accelerated": "acceleration",
     "AcceleratedOutput": "acceleration",
     "CheckpointError": "errors",
+    "ClassifierConfig": "config",
     "Decoding": "decoding",
     "Edited": "editing",
     "Reconstructed": "editing",

@@ -41,11 +41,15 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x += drop(attention(norm1(x))); x += drop(mlp(norm2(x)))."""
 
+    #: Probability that training leaves out a branch, for each sample and branch by itself.
+    drop_path: float = 0.0
+
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, layer: int) -> None:
         super().__init__()
         self.dropout = dropout
         self.attention_stream = rng.stream(rng.Stream.PROJECTION_DROPOUT, layer)
         self.mlp_stream = rng.stream(rng.Stream.OUTPUT_DROPOUT, layer)
+        self.layer = layer
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attention = Attention(width, heads, dropout, layer)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -78,10 +82,17 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
         """``(x, branch)``, what is left to do being ``x + dropout(branch)``."""
         branch_TD = self.attention(normed_TD, cu_seqlens, max_seqlen, rng_state, rows_N)
+        drops_path = self.training and self.drop_path > 0.0
+        if drops_path:
+            paths = (x_TD.shape[0], cu_seqlens, rows_N, self.drop_path, rng_state)
+            branch_TD = drop_path(branch_TD, *paths, rng.stream(rng.Stream.ATTENTION_PATH, self.layer))
         if rows_N is not None:
             x_TD = x_TD.index_select(0, rows_N)
         x_TD, normed_TD = self._add(branch_TD, x_TD, self.norm2, rng_state, self.attention_stream)
-        return x_TD, self.mlp(normed_TD, rng_state)
+        branch_TD = self.mlp(normed_TD, rng_state)
+        if drops_path:
+            branch_TD = drop_path(branch_TD, *paths, rng.stream(rng.Stream.MLP_PATH, self.layer))
+        return x_TD, branch_TD
 
     def _add(
         self, branch_TD: Tensor, x_TD: Tensor, norm: nn.LayerNorm, rng_state: Tensor | None, stream: int
@@ -96,6 +107,39 @@ class Block(nn.Module):
             rng_state=rng_state,
             stream=stream,
         )
+
+
+def drop_path(
+    branch_ND: Float[Tensor, "N D"],
+    rows: int,
+    cu_seqlens: Int[Tensor, "B1"],
+    rows_N: Int[Tensor, "N"] | None,
+    p: float,
+    rng_state: Tensor | None,
+    stream: int,
+) -> Float[Tensor, "N D"]:
+    """Stochastic depth: all rows of a sample are left out with probability p, or divided by 1 - p.
+
+    A sample's random number is that of its index, whatever the batch; nothing is read on the host.
+
+    Equivalent PyTorch, for B equally long samples: ``branch.view(B, -1, D) * keep_B11 / (1 - p)``.
+
+    Args:
+        branch_ND: what an addition would add.
+        rows: packed rows of all samples.
+        cu_seqlens: where each sample's rows begin.
+        rows_N: which of them the branch has; all by default.
+        p: in [0, 1).
+        rng_state: int64 ``(seed, step)`` on the branch's device.
+        stream: of this branch.
+
+    Source: Huang et al. 2016, "Deep networks with stochastic depth", equation 5; scaled while training.
+    """
+    assert rng_state is not None
+    words_B = rng.words(rng_state, stream, cu_seqlens.shape[0] - 1, 1)[:, 0]
+    scale_B = (words_B >= round(p * 2**32)).to(branch_ND.dtype) / (1 - p)
+    scale_T = scale_B.repeat_interleave(cu_seqlens.diff(), output_size=rows)
+    return branch_ND * (scale_T if rows_N is None else scale_T.index_select(0, rows_N))[:, None]
 
 
 def run_blocks(

@@ -1,6 +1,7 @@
-"""The two configurations that define a model: :class:`MAGEConfig` and :class:`TokenizerConfig`.
+"""The configurations that define a model: :class:`MAGEConfig` with its :class:`TokenizerConfig`, and
+:class:`ClassifierConfig`.
 
-Both are frozen, checked when made, and round-trip through ``config.json``.
+They are frozen, checked when made, and round-trip through ``config.json``.
 """
 
 from __future__ import annotations
@@ -56,13 +57,19 @@ class TokenizerConfig(_Config):
     The defaults are the published tokenizer: 256 x 256 images, 16 x 16 tokens, 1024 codes.
     """
 
+    #: Pixels along a side.
     image_size: int = 256
+    #: Codes, each an id.
     codebook_size: int = 1024
+    #: Channels of a code.
     codebook_dim: int = 256
+    #: Channels of the first level.
     base_width: int = 128
     #: Width of each level over base_width; each level but the last halves the resolution.
     width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    #: Residual blocks of each level.
     blocks_per_level: int = 2
+    #: Groups of each GroupNorm.
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
@@ -302,3 +309,21 @@ class MAGEConfig(_Config):
             ),
         }
         return cls(**(small | changes))
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(_Config):
+    """A classifier on a MAGE encoder, see :class:`mage_fast.MAGEClassifier`."""
+
+    mage: MAGEConfig
+    num_classes: int
+    #: Probability that training leaves out a branch of the last block; lower ones rise to it linearly from 0.
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mage, dict):
+            object.__setattr__(self, "mage", MAGEConfig.from_dict(self.mage))
+        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+            raise ValueError(f"ClassifierConfig: num_classes is {self.num_classes!r}, wanted 2 or more")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"ClassifierConfig: drop_path is {self.drop_path!r}, wanted 0 <= drop_path < 1")

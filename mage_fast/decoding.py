@@ -70,7 +70,8 @@ class Decoding:
         config: settings; the published release's by default.
 
     Raises:
-        ValueError: an approximation that means nothing to this model, or a model that sees features.
+        ValueError: an approximation that means nothing to this model, a ``top_k`` over its codes, or a model
+            that sees features.
     """
 
     def __init__(self, model: MAGE, config: SamplerConfig | None = None) -> None:
@@ -85,6 +86,9 @@ class Decoding:
                 f"Decoding: approximation is {self.config.approximation!r}, wanted 'none': this model's "
                 f"encoder sees {model.config.encoder_tokens} tokens only"
             )
+        codes = model.config.codebook_size
+        if self.config.top_k > codes:
+            raise ValueError(f"Decoding: top_k is {self.config.top_k}, wanted at most the {codes} codes")
         drop_ratio = torch.tensor([model.config.drop_ratio], dtype=torch.float64)
         self._most_dropped = int(token_counts(drop_ratio, model.config.num_tokens))
         self._weights = RoundedWeights(model)

@@ -129,8 +129,8 @@ def reconstruct(
     ids_TBL = torch.stack(
         [_complete(decode, ids_BL, is_masked_BL, None, seed + t, batch_size) for t in range(tries)]
     )
-    images = _decode(model, ids_TBL.flatten(0, 1), batch_size)
-    return Reconstructed(images.unflatten(0, (tries, batch)), ids_TBL, is_masked_BL)
+    images_TB3HW = torch.stack([_decode(model, ids_BL, batch_size) for ids_BL in ids_TBL])
+    return Reconstructed(images_TB3HW, ids_TBL, is_masked_BL)
 
 
 def token_mask(mask_BHW: Bool[Tensor, "B H W"], grid_size: int, grow: int = 1) -> Bool[Tensor, "B L"]:
@@ -277,9 +277,9 @@ def _encode(model: MAGE, images_B3HW: Tensor, batch_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def _decode(model: MAGE, ids_NL: Tensor, batch_size: int) -> Tensor:
+def _decode(model: MAGE, ids_BL: Tensor, batch_size: int) -> Tensor:
     assert model.tokenizer is not None
-    return torch.cat([model.tokenizer.decode(part) for part in ids_NL.split(batch_size)])
+    return torch.cat([model.tokenizer.decode(part) for part in ids_BL.split(batch_size)])
 
 
 def _complete(

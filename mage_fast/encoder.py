@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+from typing import cast
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,20 +37,25 @@ class Encoder(nn.Module):
         ``all_rows`` gives every packed row, ``[T, D]``, to a loss that reads the encoder's output itself.
         """
         rows_N = None if all_rows else plan.visible_V
-        return self._run(self.blocks, x_TD, plan, rng_state, rows_N)[1]
+        return run_blocks(self.blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state, rows_N)[
+            1
+        ]
 
     def block_output(
         self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, block: int, rng_state: Tensor | None
     ) -> Float[Tensor, "T D"]:
         """The residual stream after block number ``block``, before any norm."""
-        return self._run(self.blocks[: block + 1], x_TD, plan, rng_state)[0]
+        return next(islice(self.block_outputs(x_TD, plan, rng_state), block, None))
 
-    def _run(
-        self,
-        blocks: nn.ModuleList,
-        x_TD: Tensor,
-        plan: MaskPlan,
-        rng_state: Tensor | None,
-        rows_N: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return run_blocks(blocks, self.norm, x_TD, plan.cu_seqlens, plan.max_seqlen, rng_state, rows_N)
+    def block_outputs(
+        self, x_TD: Float[Tensor, "T D"], plan: MaskPlan, rng_state: Tensor | None
+    ) -> Iterator[Float[Tensor, "T D"]]:
+        """The residual stream after each block in turn, before any norm."""
+        blocks = [cast(Block, block) for block in self.blocks]
+        next_norms = [block.norm1 for block in blocks[1:]] + [self.norm]
+        normed_TD = blocks[0].norm1(x_TD)
+        for block, next_norm in zip(blocks, next_norms, strict=True):
+            x_TD, normed_TD = block(
+                x_TD, normed_TD, next_norm, plan.cu_seqlens, plan.max_seqlen, rng_state, None
+            )
+            yield x_TD

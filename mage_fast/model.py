@@ -95,6 +95,10 @@ class MAGE(HubMixin, nn.Module):
             self.tokenizer.eval()
         return self
 
+    @property
+    def _device(self) -> torch.device:
+        return self.embedding.position_embeddings.weight.device
+
     def tokenize(self, images_or_ids: Tensor) -> Int64[Tensor, "B L"]:
         """Codebook ids, on the model's device, of images ``[B, 3, H, W]`` in [0, 1] or of ids of any
         integer dtype.
@@ -126,15 +130,15 @@ class MAGE(HubMixin, nn.Module):
             ids_BL, features_BLC = tokenizer.encode_with_features(images_or_ids)
         ids_BL = self._checked_ids(ids_BL)
         check.shape("MAGE", "features", features_BLC, (*ids_BL.shape, tokenizer.feature_size))
-        bias = self.head.bias
-        return ids_BL, features_BLC.to(bias.device, bias.dtype, non_blocking=True)
+        position = self.embedding.position_embeddings.weight
+        return ids_BL, features_BLC.to(position.device, position.dtype, non_blocking=True)
 
     def _checked_ids(self, ids_BL: Tensor) -> Int64[Tensor, "B L"]:
         check.dtype("MAGE", "ids", ids_BL, _ID_DTYPES)
         check.shape("MAGE", "ids", ids_BL, (None, self.config.num_tokens))
         ids_BL = ids_BL.to(torch.int64)
         check.values("MAGE", "ids", ids_BL, 0, self.config.codebook_size)
-        return ids_BL.to(self.head.bias.device, non_blocking=True)
+        return ids_BL.to(self._device, non_blocking=True)
 
     def class_ids(self, labels_B: Int[Tensor, "B"] | None, batch: int) -> Int64[Tensor, "B"]:
         """Ids of the first position: ``codebook_size + label``, or the unconditional id.
@@ -143,7 +147,7 @@ class MAGE(HubMixin, nn.Module):
             ValueError: labels that are not integers, another number of them than samples, or (read on the
                 CPU only) one outside the model's classes or equal to the unconditional class.
         """
-        config, device = self.config, self.head.bias.device
+        config, device = self.config, self._device
         if labels_B is None:
             return torch.full((batch,), config.unconditional_class_id, device=device)
         check.integer("MAGE", "labels", labels_B)
@@ -228,7 +232,7 @@ class MAGE(HubMixin, nn.Module):
         """The given state on the model's device; drawn from torch's generator where dropout wants one."""
         if rng_state is None and self.training and self.config.dropout > 0.0:
             rng_state = rng.new_state()
-        return None if rng_state is None else rng_state.to(self.head.bias.device, non_blocking=True)
+        return None if rng_state is None else rng_state.to(self._device, non_blocking=True)
 
     def decode_features(
         self,
@@ -330,15 +334,39 @@ class MAGE(HubMixin, nn.Module):
         block = depth - 1 if block is None else block
         if not 0 <= block < depth:
             raise ValueError(f"MAGE: block is {block}, wanted 0 <= block < {depth}")
-        ids_BL, inputs = self._encoder_inputs(images_or_ids)
-        batch, length = ids_BL.shape
-        nothing_BL = torch.zeros(batch, length, dtype=torch.bool, device=ids_BL.device)
-        plan = plan_of_mask(nothing_BL, [0] * batch)
-        rng_state = self._dropout_state(rng_state)
-        x_TD = self.embedding(inputs, self.class_ids(None, batch), plan, rng_state)
+        x_TD, plan, rng_state = self._unmasked(images_or_ids, rng_state)
         x_TD = self.encoder.block_output(x_TD, plan, block, rng_state)
-        tokens_BLD = x_TD.view(batch, length + 1, -1)[:, 1:]
+        tokens_BLD = x_TD.unflatten(0, plan.source_BS.shape)[:, 1:]
         return tokens_BLD.mean(1) if pool else tokens_BLD
+
+    def block_features(
+        self, images_or_ids: Tensor, *, rng_state: Int64[Tensor, "2"] | None = None
+    ) -> Float[Tensor, "N B D"]:
+        """:meth:`features` after each of the encoder's N blocks, in one pass.
+
+        Equivalent PyTorch: ``torch.stack([model.features(images, block=n) for n in range(depth)])``.
+        """
+        x_TD, plan, rng_state = self._unmasked(images_or_ids, rng_state)
+        outputs = self.encoder.block_outputs(x_TD, plan, rng_state)
+        return torch.stack([x_TD.unflatten(0, plan.source_BS.shape)[:, 1:].mean(1) for x_TD in outputs])
+
+    def _unmasked(
+        self, images_or_ids: Tensor, rng_state: Tensor | None
+    ) -> tuple[Tensor, MaskPlan, Tensor | None]:
+        """The embedded tokens, a plan that masks nothing, and the dropout's state."""
+        ids_BL, inputs = self._encoder_inputs(images_or_ids)
+        plan = plan_of_mask(torch.zeros_like(ids_BL, dtype=torch.bool), [0] * len(ids_BL))
+        rng_state = self._dropout_state(rng_state)
+        x_TD = self.embedding(inputs, self.class_ids(None, len(ids_BL)), plan, rng_state)
+        return x_TD, plan, rng_state
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``.
+
+        Raises:
+            CheckpointError: the folder cannot be made or written.
+        """
+        storage.save_pretrained(self, folder)
 
     @classmethod
     def from_pretrained(

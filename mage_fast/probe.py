@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 FEATURE_EPS = 1e-6
 #: Similarities that :func:`knn_accuracy` holds at a time.
@@ -19,6 +19,32 @@ class ProbeResult(NamedTuple):
 
     train_top1: float
     test_top1: float
+
+
+def linear_head(width: int, classes: int, *, seed: int = 0) -> nn.Sequential:
+    """The published probe's head: LayerNorm and BatchNorm without parameters, then a linear layer.
+
+    Weights are drawn from a normal law of deviation 0.01, biases are 0. In eval mode the BatchNorm uses the
+    running statistics of the training features.
+
+    Equivalent PyTorch: ``nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.BatchNorm1d(D,
+    affine=False), nn.Linear(D, K))``, both eps 1e-6.
+
+    Args:
+        width: D, features of an image.
+        classes: K.
+        seed: of the weights.
+
+    Source: MAGE, appendix (linear probing), where ``fc_norm``, frozen with the encoder, is the LayerNorm.
+    """
+    linear = nn.Linear(width, classes)
+    nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(
+        nn.LayerNorm(width, eps=FEATURE_EPS, elementwise_affine=False),
+        nn.BatchNorm1d(width, eps=FEATURE_EPS, affine=False),
+        linear,
+    )
 
 
 def linear_probe(
@@ -47,13 +73,14 @@ def linear_probe(
         regularization: inverse strength of the L2 penalty (scikit-learn's ``C``).
 
     Raises:
-        ValueError: fewer than two classes, sizes that disagree.
+        ValueError: fewer than two classes, sizes that disagree, values that are not finite.
 
     Source: MAGE section 4.3, "Linear Probing".
     """
     from sklearn.linear_model import LogisticRegression
 
     _check("linear_probe", train_ND, train_labels_N, test_MD, test_labels_M)
+    _check_finite("linear_probe", train_ND, test_MD)
     if len(train_labels_N.unique()) < 2:
         raise ValueError("linear_probe: the training labels are of one class, wanted two or more")
     train_ND, test_MD = (
@@ -115,8 +142,7 @@ def knn_accuracy(
             f"knn_accuracy: {train_ND.shape[1]} and {test_MD.shape[1]} features, labels from "
             f"{int(train_labels_N.min())} on, wanted as many features and labels from 0 on"
         )
-    if not (train_ND.isfinite().all() and test_MD.isfinite().all()):
-        raise ValueError("knn_accuracy: features hold NaN or infinity")
+    _check_finite("knn_accuracy", train_ND, test_MD)
     dtype = torch.promote_types(train_ND.dtype, torch.float32)
     train_ND, test_MD = (F.normalize(x.to(dtype), dim=1) for x in (train_ND, test_MD))
     labels_N, wanted_M = (x.to(train_ND.device, torch.int64) for x in (train_labels_N, test_labels_M))
@@ -145,3 +171,8 @@ def _check(
                 f"{name}: {part} features have shape {tuple(x.shape)}, labels {tuple(labels.shape)}, "
                 "wanted (N, D) and (N,), N >= 1"
             )
+
+
+def _check_finite(name: str, *features: Tensor) -> None:
+    if not all(x.isfinite().all() for x in features):
+        raise ValueError(f"{name}: features hold NaN or infinity")

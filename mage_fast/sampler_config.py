@@ -47,8 +47,8 @@ class SamplerConfig:
     #: The temperature of the last step, to which it goes linearly from the first; None: it is constant.
     final_temperature: float | None = None
     #: Part of the tokens that stays masked: cosine, linear, square, square_root or arccos of the progress.
-    #: constant: ceil(tokens / steps) are decided at each step until none is left, so the last steps may have
-    #: fewer or none, where linear spreads the remainder over all steps.
+    #: constant: ceil(tokens / steps) are decided at each step as long as there are some, so the last steps
+    #: have few, where linear decides now one more and now one fewer.
     schedule: str = "cosine"
     #: Which tokens are decided first. confidence: the most confident ones, as published. halton: the next
     #: ones of a Halton sequence over the grid, spread evenly; no confidence counts, nor its noise.

@@ -97,6 +97,19 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that :func:`save_safetensors` was given beside the tensors.
+
+    Raises:
+        CheckpointError: no such file, or a truncated or corrupt one.
+    """
+    try:
+        with safetensors.safe_open(_existing(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
+
+
 def save_torch(path: str | Path, contents: Any) -> None:
     """``torch.save``; the file appears whole or not at all.
 

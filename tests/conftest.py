@@ -1,6 +1,12 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; that is chosen before triton is imported."""
+"""What is chosen before torch and triton are imported: one thread for each of several test processes, and
+Triton's interpreter without a GPU.
+"""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest

@@ -23,8 +23,13 @@ from mage_fast.errors import InputError
 from mage_fast.kernels import dispatch
 
 ROOT = Path(__file__).parent.parent
-#: For programs that run every op: Triton's interpreter, which the op suite is for, would take minutes.
-NOT_INTERPRETED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+#: For programs that run every op: Triton's interpreter, which the op suite is for, would take minutes; and
+#: as one of several test processes pytest-benchmark would not time.
+NOT_INTERPRETED = {
+    name: value
+    for name, value in os.environ.items()
+    if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_XDIST")
+}
 
 
 def case_of(op: str, name: str = "tiny", direction: str = "fwd") -> Case:

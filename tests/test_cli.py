@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_width(saved: Path, tmp_path: Path, capsys: pyte
     MAGE(MAGEConfig.tiny(encoder_width=48)).save_pretrained(folder)
     (folder / "config.json").write_bytes((saved / "model" / "config.json").read_bytes())
     before = files(tmp_path)
-    line = fails(capsys, "probe", "--model", folder, "--out", tmp_path / "probe.json")
+    line = fails(capsys, "probe", "--model", folder, "--out", tmp_path / "probe")
     assert "has shape" in line
     assert "wanted" in line
     assert files(tmp_path) == before

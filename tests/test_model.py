@@ -73,8 +73,11 @@ def test_features_equal_reference(changes: dict) -> None:
     theirs = twin(model, config)
     assert_near(model.features(ids), theirs.features(ids))
     x = theirs.embed(ids, None)
+    of_all_NBD = model.block_features(ids)
+    assert len(of_all_NBD) == config.encoder_depth
     for number, block in enumerate(theirs.blocks):
         x = block(x)
+        assert_near(of_all_NBD[number], x[:, 1:].mean(1))
         assert_near(model.features(ids, block=number, pool=False), x[:, 1:])
         assert_near(model.features(ids, block=number), x[:, 1:].mean(1))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from mage_fast import probe
-from mage_fast.probe import knn_accuracy, linear_probe
+from mage_fast.probe import knn_accuracy, linear_head, linear_probe
 
 
 def blobs(classes: int, count: int, width: int, seed: int, spread: float = 1.0) -> tuple[Any, ...]:
@@ -118,3 +118,30 @@ def test_linear_probe_tells_blobs_apart_and_refuses_what_disagrees() -> None:
     assert linear_probe(train, labels, test, wanted) == (1.0, 1.0)
     with pytest.raises(ValueError, match=r"linear_probe: train features .* \(60, 8\), labels \(59,\)"):
         linear_probe(train, labels[1:], test, wanted)
+
+
+def test_linear_probe_refuses_what_is_not_finite() -> None:
+    train, labels, test, wanted = blobs(3, 60, 8, seed=2)
+    with pytest.raises(ValueError, match="linear_probe: features hold NaN or infinity"):
+        linear_probe(train * torch.inf, labels, test, wanted)
+
+
+def test_the_head_normalises_twice_and_starts_small() -> None:
+    """In float64, against NumPy; then by the running statistics of three batches."""
+    head = linear_head(6, 4, seed=1).double()
+    weight = next(head.parameters())
+    assert [x.shape for x in head.parameters()] == [(4, 6), (4,)]
+    batches = [blobs(4, 20, 6, seed=seed)[0] for seed in range(3)]
+    mean, var = np.zeros(6), np.ones(6)
+    for x in batches:
+        rows = x.numpy()
+        rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-6)
+        logits = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-6) @ weight.detach().numpy().T
+        np.testing.assert_allclose(head(x).detach().numpy(), logits, rtol=1e-9, atol=1e-12)
+        mean, var = 0.9 * mean + 0.1 * rows.mean(0), 0.9 * var + 0.1 * rows.var(0, ddof=1)
+    logits = (rows - mean) / np.sqrt(var + 1e-6) @ weight.detach().numpy().T
+    np.testing.assert_allclose(head.eval()(batches[-1]).detach().numpy(), logits, rtol=1e-9, atol=1e-12)
+    large = next(linear_head(500, 400).parameters())
+    assert large.std().item() == pytest.approx(0.01, rel=0.01)
+    assert large.mean().item() == pytest.approx(0, abs=1e-4)
+    assert torch.equal(next(linear_head(6, 4, seed=1).parameters()).double(), weight)

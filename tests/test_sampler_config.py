@@ -229,3 +229,8 @@ def test_a_graph_follows_the_order_of_each_batch() -> None:
 def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**options)
+
+
+def test_more_codes_than_there_are_are_refused_before_decoding() -> None:
+    with pytest.raises(ValueError, match="Decoding: top_k is 33, wanted at most the 32 codes"):
+        Decoding(build(), SamplerConfig(top_k=33))

@@ -21,9 +21,9 @@ from mage_fast.probe import chance_level, linear_probe
 from mage_fast.recipes import pretrain, tokenize, train_tokenizer
 from mage_fast.recipes.classifier import DigitClassifier
 from mage_fast.recipes.demo_report import Report, write_report
+from mage_fast.recipes.features import extract_features
 from mage_fast.recipes.loading import load_model
 from mage_fast.recipes.pictures import write_grid
-from mage_fast.recipes.probe import extract_features
 from mage_fast.sampler import generate
 from mage_fast.sampler_config import SamplerConfig
 from mage_fast.tokenizer import VQGAN

@@ -14,7 +14,7 @@ from mage_fast.decoding import Decoding
 from mage_fast.editing import border_mask, box_mask, edit, hide_tokens, shrink, token_mask
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
-from mage_fast.recipes.inputs import Pictures, read_mask, read_pictures
+from mage_fast.recipes.inputs import Pictures, fingerprint, read_mask, read_pictures
 from mage_fast.recipes.loading import Precision, image_size, load_model, precision_context
 from mage_fast.recipes.outputs import claim, write_tries
 from mage_fast.sampler_config import SamplerConfig
@@ -103,8 +103,9 @@ def run(config: EditConfig) -> dict[str, object]:
     settings = {
         **dataclasses.asdict(config.sampler),
         **{"seed": config.seed, "label": config.label, "grow": grow, "precision": config.precision},
-        **{**tasks, "mask": config.mask and str(config.mask), "anchor": config.anchor},
-        **{"images": pictures.fingerprint(), "model": module_fingerprint(model)},
+        **{**tasks, "mask": config.mask and fingerprint(mask_BHW), "anchor": config.anchor},
+        **{"count": len(pictures.names), "images": fingerprint(pictures.images_B3HW)},
+        **{"model": module_fingerprint(model)},
     }
     is_edited_BL = token_mask(mask_BHW, model.config.grid_size, grow)
     claim(config.out, SETTINGS, settings)

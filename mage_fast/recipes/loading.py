@@ -13,7 +13,9 @@ from mage_fast.config import MAGEConfig
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
 from mage_fast.tokenizer import VQGAN
+from mage_fast.training.distributed import Processes
 from mage_fast.training.precision import autocast
+from mage_fast.training.sources import Source
 
 Precision = Literal["fp32", "bf16"]
 
@@ -29,6 +31,8 @@ def load_model(path: Path, device: torch.device) -> MAGE:
         raise InputError(f"there is no model at {path}: train one with mage-fast pretrain, or give --model")
     if path.is_dir() and _is_tokenizer(path):
         raise InputError(f"{path} holds a tokenizer, wanted a model")
+    if path.is_dir() and "mage" in storage.read_config(path):
+        raise InputError(f"{path} holds a classifier, wanted the model that it was made of")
     return MAGE.from_pretrained(path).to(device).eval()
 
 
@@ -65,7 +69,26 @@ def load_tokenizer(path: Path, device: torch.device) -> VQGAN:
 
 
 def _is_tokenizer(folder: Path) -> bool:
-    return "encoder_width" not in storage.read_config(folder)
+    return "codebook_dim" in storage.read_config(folder)
+
+
+def fitting_batch_size(
+    verb: str, source: Source, given: int | None, default: int, processes: Processes, accumulate: int
+) -> int:
+    """Images a step: as given, else the default or, of less data, as many as there are.
+
+    Raises:
+        InputError: a number that the step's micro-batches do not divide.
+    """
+    split, batch_size = processes.count * accumulate, default if given is None else given
+    if given is None and len(source) < batch_size:
+        batch_size = max(len(source) // split, 1) * split
+    if batch_size % split:
+        raise InputError(
+            f"{verb}: batch_size is {batch_size}, wanted a multiple of {split}: "
+            f"{processes.count} processes times {accumulate} accumulated"
+        )
+    return batch_size
 
 
 def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager:

@@ -70,6 +70,9 @@ CURVES = {
     "peak_memory_mib": "peak memory, MiB",
     "knn_top1": "k-NN accuracy",
     "linear_top1": "linear probe accuracy",
+    "test_loss": "held-out loss",
+    "test_top1": "held-out accuracy",
+    "test_top5": "held-out top-5 accuracy",
 }
 
 

@@ -15,7 +15,7 @@ from mage_fast.contrastive import MAGEC
 from mage_fast.errors import InputError
 from mage_fast.kernels import rng
 from mage_fast.model import MAGE
-from mage_fast.recipes.loading import load_tokenizer, preset
+from mage_fast.recipes.loading import fitting_batch_size, load_tokenizer, preset
 from mage_fast.recipes.pictures import curves, loss_curve, read_metrics, write_grid
 from mage_fast.recipes.pretrain_config import (
     FREE,
@@ -99,14 +99,11 @@ class _Pretraining:
         self.source.require_views(self.views)
         self.decoder = None if config.decode == "cpu" else NvImageCodec(device)
         self.split = processes.count * config.processes.accumulate
-        if config.batch_size is None and len(self.source) < recipe.batch_size:
-            fitting = max(len(self.source) // self.split, 1) * self.split
-            recipe = dataclasses.replace(recipe, batch_size=fitting)
-        if recipe.batch_size % self.split:
-            raise InputError(
-                f"pretrain: batch_size is {recipe.batch_size}, wanted a multiple of {self.split}: "
-                f"{processes.count} processes times {config.processes.accumulate} accumulated"
-            )
+        fitting = fitting_batch_size(
+            *("pretrain", self.source, config.batch_size, recipe.batch_size),
+            *(processes, config.processes.accumulate),
+        )
+        recipe = dataclasses.replace(recipe, batch_size=fitting)
         self.recipe, self.highest_lr = recipe, scaled_lr(recipe.base_lr, recipe.batch_size)
         self.steps_an_epoch = steps_per_epoch(self.source, recipe.batch_size)
         self.total_steps = self.steps_an_epoch * recipe.epochs

@@ -9,7 +9,7 @@ from pathlib import Path
 from mage_fast.decoding import Decoding
 from mage_fast.editing import hide_tokens, reconstruct
 from mage_fast.errors import InputError
-from mage_fast.recipes.inputs import read_pictures
+from mage_fast.recipes.inputs import fingerprint, read_pictures
 from mage_fast.recipes.loading import Precision, image_size, load_model, precision_context
 from mage_fast.recipes.outputs import claim, write_tries
 from mage_fast.sampler_config import SamplerConfig
@@ -65,7 +65,8 @@ def run(config: ReconstructConfig) -> dict[str, object]:
     settings = {
         **dataclasses.asdict(config.sampler),
         **{"seed": config.seed, "ratio": config.ratio, "precision": config.precision},
-        **{"images": pictures.fingerprint(), "model": module_fingerprint(model)},
+        **{"count": len(pictures.names), "images": fingerprint(pictures.images_B3HW)},
+        **{"model": module_fingerprint(model)},
     }
     claim(config.out, SETTINGS, settings)
     with precision_context(config.precision, device):

@@ -10,13 +10,18 @@ the crops that the unbroken run would have seen.
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from mage_fast.errors import InputError
+from mage_fast.optional import optional
 
 #: Short side before the centre crop over the crop: 292 for 256, the evaluation crop of published results.
 EVALUATION_RESIZE = 292 / 256
@@ -40,6 +45,8 @@ class Augmentation:
     flip: bool = True
     #: Short side before a centre crop, over the crop; None: the source's own (292 / 256 for photographs).
     resize_ratio: float | None = None
+    #: RandAugment of the crop, in timm's words as "rand-m9-mstd0.5-inc1" (the extra finetune).
+    rand_augment: str | None = None
 
     def __post_init__(self) -> None:
         if self.crop not in ("random", "center"):
@@ -83,13 +90,15 @@ def item_generator(seed: int, epoch: int, index: int, view: int = 0) -> np.rando
 
 class Crop(NamedTuple):
     """What was drawn for one view: the ``box`` of the image (left, top, right, bottom) becomes ``resized``
-    (width, height) pixels, the input is cut out of these at ``corner`` (left, top), and mirrored or not.
+    (width, height) pixels, the input is cut out of these at ``corner`` (left, top), and mirrored or not. The
+    ``seed`` is for what changes the pixels after that.
     """
 
     box: tuple[int, int, int, int]
     resized: tuple[int, int]
     corner: tuple[int, int]
     flip: bool
+    seed: int = 0
 
 
 def drawn(
@@ -120,7 +129,9 @@ def drawn(
         left, top = (int(generator.integers(side - size + 1)) for side in image_size)
     else:
         left, top = ((side - size) // 2 for side in resized)
-    return Crop(box, resized, (left, top), flip=augmentation.flip and bool(generator.random() < 0.5))
+    flip = augmentation.flip and bool(generator.random() < 0.5)
+    seed = int(generator.integers(2**32)) if augmentation.rand_augment else 0
+    return Crop(box, resized, (left, top), flip, seed)
 
 
 def applied(image: Image.Image, crop: Crop, size: int) -> Image.Image:
@@ -133,6 +144,63 @@ def applied(image: Image.Image, crop: Crop, size: int) -> Image.Image:
     left, top = crop.corner
     image = image.crop((left, top, left + size, top + size))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else image
+
+
+def rand_augmented(image: Image.Image, words: str, seed: int) -> Image.Image:
+    """RandAugment as timm has it; the same for the same seed, and for nothing else.
+
+    Args:
+        image: RGB.
+        words: timm's description of it, see :class:`Augmentation`.
+        seed: of 32 bits.
+
+    Raises:
+        InputError: timm is not there, or does not understand the words.
+
+    Source: Cubuk et al. 2020 (RandAugment), figure 2.
+    """
+    transform = _rand_augment(words, min(image.size))
+    with _global_generators(seed):
+        return transform(image)
+
+
+def check_rand_augment(words: str) -> None:
+    """Import timm, and let it read the words.
+
+    Raises:
+        InputError: timm is not there, or does not understand them.
+    """
+    _rand_augment(words, 256)
+
+
+@lru_cache(maxsize=8)
+def _rand_augment(words: str, size: int) -> Callable[[Image.Image], Image.Image]:
+    timm: Any = optional("timm.data", extra="finetune")
+    fill = tuple(round(255 * mean) for mean in timm.IMAGENET_DEFAULT_MEAN)
+    options = {
+        "translate_const": int(size * 0.45),
+        "img_mean": fill,
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        return timm.rand_augment_transform(words, options)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise InputError(
+            f"rand_augment is {words!r}, wanted timm's words, as 'rand-m9-mstd0.5-inc1' ({error})"
+        ) from error
+
+
+@contextmanager
+def _global_generators(seed: int) -> Iterator[None]:
+    """timm draws from Python's and NumPy's global generators: seeded inside, afterwards as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the ones that timm reads)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def without_flip(augmentation: Augmentation) -> Augmentation:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mage_fast.errors import InputError
-from mage_fast.training.augment import Augmentation, named, without_flip
+from mage_fast.training.augment import Augmentation, check_rand_augment, named, without_flip
 from mage_fast.training.device_augment import Decoder, decoded
 from mage_fast.training.huggingface import HuggingFaceSource
 from mage_fast.training.loading import Batch, Batches, Order, Received, Undecoded
@@ -143,7 +143,8 @@ def batches(
     Raises:
         InputError: at once: fewer items than a batch, an image smaller than a crop that does not resize,
             a batch that ``split`` does not divide, shares outside ``split``, more views than a cache has,
-            a decoder for a source without image files.
+            a decoder for a source without image files or with RandAugment, which timm does not have or does
+            not understand.
             While iterating: no image of the source is readable.
     """
     image_size = image_size or source.image_size
@@ -166,6 +167,10 @@ def batches(
     source.require_views(views)
     if decoder is not None and not source.has_files:
         raise InputError(f"batches: {source.spec} has no image files that a decoder could decode")
+    if augmentation.rand_augment is not None and source.kind == "images":
+        if decoder is not None:
+            raise InputError("batches: rand_augment with a decoder, wanted one of them: it is Pillow's work")
+        check_rand_augment(augmentation.rand_augment)
     dataset = Batches(
         source,
         image_size,

@@ -203,8 +203,7 @@ def parallelized(model: MAGE, processes: Processes, how: Parallel) -> Distribute
     if processes.count == 1:
         return None
     if how == "ddp":
-        on = [processes.device] if processes.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=on)
+        return replicated(model, processes)
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     frozen = {p for p in model.parameters() if not p.requires_grad}
     blocks: list[nn.Module] = [*model.encoder.blocks, *model.decoder.blocks]
@@ -215,6 +214,14 @@ def parallelized(model: MAGE, processes: Processes, how: Parallel) -> Distribute
         fully_shard([block.attention, block.mlp], mesh=mesh)  # type: ignore[list-item]
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
     return None
+
+
+def replicated(model: nn.Module, processes: Processes) -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` of a model; None for one process alone."""
+    if processes.count == 1:
+        return None
+    on = [processes.device] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=on)
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, Integer
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mage_fast.errors import InputError
-from mage_fast.training.augment import Augmentation, Crop, applied, drawn, item_generator
+from mage_fast.training.augment import Augmentation, Crop, applied, drawn, item_generator, rand_augmented
 from mage_fast.training.images import UnreadableImage, whole_jpeg_size
 from mage_fast.training.sources import Source
 
@@ -156,8 +157,13 @@ class Batches(Dataset[Received]):
                 return Item(content, self._crops(size, epoch, index, candidate), candidate, index)
         image = self.source.image(candidate)
         crops = self._crops(image.size, epoch, index, candidate)
-        views = [np.asarray(applied(image, crop, self.image_size)).transpose(2, 0, 1) for crop in crops]
+        views = [np.asarray(self._applied(image, crop)).transpose(2, 0, 1) for crop in crops]
         return Item(np.stack(views), crops, candidate, index)
+
+    def _applied(self, image: Image.Image, crop: Crop) -> Image.Image:
+        image = applied(image, crop, self.image_size)
+        words = self.augmentation.rand_augment
+        return image if words is None else rand_augmented(image, words, crop.seed)
 
     def _crops(self, size: tuple[int, int], epoch: int, index: int, candidate: int) -> list[Crop]:
         return [

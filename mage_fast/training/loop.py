@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mage_fast.errors import InputError, TrainingError
@@ -257,7 +258,10 @@ class _StopSignals:
             raise KeyboardInterrupt
         self.number = number
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and dist.is_available() and dist.is_torchelastic_launched():
+            # torchrun sends SIGTERM to all when one is lost: this process has yet to say which, and ends then
+            self._previous.pop(signal.SIGTERM, None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,34 @@ def adamw_parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list
         {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
     )
     return [group for group in groups if group["params"]]
+
+
+def layer_decay_groups(
+    layers: Sequence[nn.Module], layer_decay: float, weight_decay: float = 0.05
+) -> list[dict[str, Any]]:
+    """Parameter groups whose learning rates fall by a factor from one layer to the one before it.
+
+    A group's ``lr_scale``, by which :func:`~mage_fast.training.schedule.set_lr` multiplies, is
+    ``layer_decay ** (number of layers behind)``: 1 for the last. Weight decay as in
+    :func:`adamw_parameter_groups`.
+
+    Args:
+        layers: from the input to the output, without parameters in common.
+        layer_decay: the factor.
+        weight_decay: of matrices.
+
+    Raises:
+        InputError: a factor outside (0, 1].
+
+    Source: Clark et al. 2020 (ELECTRA), appendix B; the fine-tuning recipe of the paper's appendix.
+    """
+    if not 0 < layer_decay <= 1:
+        raise InputError(f"layer_decay_groups: layer_decay is {layer_decay}, wanted 0 < layer_decay <= 1")
+    return [
+        group | {"lr_scale": layer_decay**behind}
+        for behind, layer in zip(reversed(range(len(layers))), layers, strict=True)
+        for group in adamw_parameter_groups(layer, weight_decay)
+    ]
 
 
 def build_adamw(

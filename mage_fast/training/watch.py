@@ -16,12 +16,11 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mage_fast.decoding import Decoding, eval_mode
+from mage_fast.decoding import Decoding, SamplerConfig, eval_mode
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
 from mage_fast.probe import knn_accuracy, linear_probe
 from mage_fast.sampler import generate
-from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.data import batches
 from mage_fast.training.metrics import enlarged, image_grid, save_png
 from mage_fast.training.run_state import module_fingerprint
@@ -82,15 +81,9 @@ class OnlineProbe:
                 f"probe: train_items {train_items}, test_items {test_items}, batch_size {batch_size}: "
                 "wanted 1 or more"
             )
-        # shards name their classes up to the largest label they hold: held-out ones may lack the last
-        pairs = zip(train.class_names, test.class_names, strict=False)
-        if any(one != other for one, other in pairs):
-            raise InputError(
-                f"probe: {train.spec} has the classes {_some(train.class_names)}, {test.spec} "
-                f"{_some(test.class_names)}, wanted the same"
-            )
+        check_same_classes("probe", train, test)
         for source in (train, test):
-            _check_source(model, source)
+            check_labelled("probe", model, source)
         self.kind, self.batch_size = kind, batch_size
         with undisturbed(model):
             self._train = _read(model, train, train_items, batch_size, workers)
@@ -255,25 +248,47 @@ class _Part(Source):
         return self._source.tokens(self._chosen[indices], view)
 
 
-def _check_source(model: MAGE, source: Source) -> None:
+def check_same_classes(what: str, train: Source, test: Source) -> None:
+    """Refuse held-out data whose classes have other names.
+
+    Raises:
+        InputError: so.
+    """
+    # shards name their classes up to the largest label they hold: held-out ones may lack the last
+    pairs = zip(train.class_names, test.class_names, strict=False)
+    if any(one != other for one, other in pairs):
+        raise InputError(
+            f"{what}: {train.spec} has the classes {_some(train.class_names)}, {test.spec} "
+            f"{_some(test.class_names)}, wanted the same"
+        )
+
+
+def check_labelled(what: str, model: MAGE, source: Source) -> None:
+    """Refuse data without labels, or that the model cannot read.
+
+    Raises:
+        InputError: one class, images for a model without a tokenizer, a cache of another tokenizer.
+    """
     if source.num_classes < 2:
-        raise InputError(f"probe: {source.spec} has {source.num_classes} class, wanted labelled data of more")
+        raise InputError(
+            f"{what}: {source.spec} has {source.num_classes} class, wanted labelled data of more"
+        )
     if source.kind == "images" and model.tokenizer is None:
         raise InputError(
-            f"probe: {source.spec} holds images, but the model has no tokenizer; wanted tokens:PATH"
+            f"{what}: {source.spec} holds images, but the model has no tokenizer; wanted tokens:PATH"
         )
     if isinstance(source, TokenSource):
         cache, config = source.cache, model.config
         if (cache.length, cache.codebook_size) != (config.num_tokens, config.codebook_size):
             raise InputError(
-                f"probe: {source.spec} has {cache.length} tokens of {cache.codebook_size} codes an image, "
+                f"{what}: {source.spec} has {cache.length} tokens of {cache.codebook_size} codes an image, "
                 f"the model {config.num_tokens} of {config.codebook_size}"
             )
         if isinstance(model.tokenizer, nn.Module) and cache.tokenizer_fingerprint:
             fingerprint = module_fingerprint(model.tokenizer)
             if cache.tokenizer_fingerprint != fingerprint:
                 raise InputError(
-                    f"probe: {source.spec} was made by another tokenizer than the model's "
+                    f"{what}: {source.spec} was made by another tokenizer than the model's "
                     f"({cache.tokenizer_fingerprint[:12]} and not {fingerprint[:12]})"
                 )
 

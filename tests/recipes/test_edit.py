@@ -222,6 +222,7 @@ def test_what_an_edit_refuses(
         "scale is 1.5": ("--uncrop", 1.5),
         "labels holds 5, wanted 0 <= labels < 5": (*box, "--label", 5),
         "guidance_scale is 2.0 without a label": (*box, "--sampler.guidance-scale", 2),
+        "top_k is 99, wanted at most the 32 codes": (*box, "--sampler.top-k", 99),
         "has no tokenizer": (*box, "--model", bare),
     }
     for message, options in cases.items():

@@ -210,8 +210,8 @@ def test_generate_makes_the_same_images_in_any_batches(
 
 
 def test_probe_reports_both_splits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    result = run_command(capsys, "probe", "--model", model, "--out", tmp_path / "probe.json", "--block", 0)
-    assert json.loads((tmp_path / "probe.json").read_text()) == result
+    result = run_command(capsys, "probe", "--model", model, "--out", tmp_path / "probe", "--block", 0)
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text()) == result
     assert (result["train_images"], result["test_images"]) == (1438, 359)
     assert result["chance"] < result["test_top1"] <= 1
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mage_fast import MAGE, MAGEClassifier, MAGEConfig
 from mage_fast.errors import InputError
-from mage_fast.training.optim import Ema, adamw_parameter_groups, build_adamw
+from mage_fast.optional import optional
+from mage_fast.training.optim import Ema, adamw_parameter_groups, build_adamw, layer_decay_groups
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 
 
@@ -35,6 +37,53 @@ def test_no_decay_on_biases_and_1d_tensors() -> None:
     wanted = {id(p) for p in (model.linear.bias, model.norm.weight, model.norm.bias, model.bias)}
     assert {id(p) for p in plain["params"]} == wanted
     assert len(decayed["params"]) + len(plain["params"]) == 6
+
+
+def test_layer_decay() -> None:
+    """The learning rates of a two-block classifier, written out by hand, as they reach the optimizer."""
+    classifier = MAGEClassifier(MAGE(MAGEConfig.tiny()), 10)
+    groups = layer_decay_groups(classifier.layers, 0.65, weight_decay=0.05)
+    optimizer = build_adamw(groups, 1.0, betas=(0.9, 0.999))
+    set_lr(optimizer, 2.0)
+    names = {parameter: name for name, parameter in classifier.named_parameters()}
+    found = {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    lrs = {
+        **{"mage.embedding.": 2 * 0.65**3, "mage.encoder.blocks.0.": 2 * 0.65**2},
+        **{"mage.encoder.blocks.1.": 2 * 0.65, "fc_norm.": 2.0, "head.": 2.0},
+    }
+    for name, parameter in classifier.named_parameters():
+        if name.startswith("mage.tokenizer.") or name.startswith("mage.encoder.norm."):
+            assert name not in found
+            continue
+        (lr,) = (lr for start, lr in lrs.items() if name.startswith(start))
+        decay = 0.0 if name.endswith("bias") or parameter.ndim == 1 else 0.05
+        assert found.pop(name) == (pytest.approx(lr), decay), name
+    assert not found
+    assert sum(len(group["params"]) for group in groups) == len(
+        [x for x in classifier.parameters() if x.requires_grad]
+    )
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    for factor in (0.0, -0.5, 1.1, float("nan")):
+        with pytest.raises(InputError, match=r"layer_decay is .*, wanted 0 < layer_decay <= 1"):
+            layer_decay_groups(classifier.layers, factor)
+
+
+def test_layer_decay_is_timms() -> None:
+    """The same scales as timm gives the blocks and the head of its own vision transformer."""
+    timm = optional("timm.models.vision_transformer", extra="finetune")
+    factory = optional("timm.optim", extra="finetune")
+    vit = timm.VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=3, num_heads=2, num_classes=3)
+    wanted: dict[int, tuple[float, float]] = {}
+    for group in factory.param_groups_layer_decay(vit, weight_decay=0.1, layer_decay=0.7):
+        wanted |= {id(x): (group["lr_scale"], group["weight_decay"]) for x in group["params"]}
+    layers = [*vit.blocks, vit.head]
+    for group in layer_decay_groups(layers, 0.7, weight_decay=0.1):
+        for x in group["params"]:
+            assert wanted[id(x)] == pytest.approx((group["lr_scale"], group["weight_decay"]))
 
 
 def test_adamw_follows_the_published_update() -> None:

@@ -1,4 +1,10 @@
-"""Random masking with exact counts: a random order of the tokens, cut at the counts."""
+"""Random masking with exact counts: a random order of the tokens, cut at the counts.
+
+rank[b, l]    = place of word[b, l] among the random words of sample b; of equal words the first is before
+masked[b, l]  = rank[b, l] < num_masked[b]
+dropped[b, l] = rank[b, l] < num_dropped[b]
+encoder rows: class token and what is not dropped;  rows of the loss: what is masked
+"""
 
 from __future__ import annotations
 

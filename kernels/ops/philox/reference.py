@@ -1,4 +1,10 @@
-"""Philox-4x32-10 in plain PyTorch: int64 tensors hold the 32-bit words."""
+"""Philox-4x32-10 in plain PyTorch: int64 tensors hold the 32-bit words.
+
+c = (j, first_high + i, stream, step),  k = the seed's low and high word
+ten times:  c = (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0))
+            k = k + (W0, W1)
+words[i, j] = c
+"""
 
 from __future__ import annotations
 
