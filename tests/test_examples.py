@@ -19,7 +19,7 @@ WANTED = {
     "export_model": ("away from the model's own", {"encoder.pt2", "step.pt2"}),
     "linear_probe": ("nearest class mean", set()),
     "ops_in_own_model": ("gradient: ", set()),
-    "own_tokenizer": ("written: flags.png", {"flags.png", "flags_model"}),
+    "own_tokenizer": ("written: plain.png", {"plain.png", "plain_model"}),
     "train_on_folder": ("samples: out/train_on_folder/samples.png", {"out"}),
 }
 
