@@ -1,11 +1,11 @@
 """A newcomer's hour: every command of MAGE once, on images of your own, each printed before it runs.
 
-    python examples/newcomers_hour.py                           # on digits that it writes as PNGs first
-    python examples/newcomers_hour.py --photos my_photos        # on yours: one sub-folder a class
-    python examples/newcomers_hour.py --quick                   # all steps in two minutes, nothing well trained
+    python examples/newcomers_hour.py                        # on digits that it writes as PNGs first
+    python examples/newcomers_hour.py --photos my_photos     # on yours: one sub-folder a class
+    python examples/newcomers_hour.py --quick                # all steps in two minutes, nothing well trained
 
 Before: `make setup` in a clone, or `pip install --no-build-isolation .` beside the torch you have. No GPU is
-needed. It takes about a quarter of an hour on two CPU cores; stop it with Ctrl-C and the same command goes on.
+needed. It takes about a quarter of an hour on two CPU cores. Stop it with Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def main() -> None:
 
     if sum(path.is_dir() for path in photos.iterdir()) > 1:
         say("9. What the encoder has learned: a linear classifier on its features")
-        mage_fast("probe", "--model", model, "--data", data, "--out", out / "probe.json")
+        mage_fast("probe", "--model", model, "--data", data, "--out", out / "probe")
     else:
         say("9. A linear probe wants one sub-folder a class: left out")
 
@@ -159,7 +159,7 @@ def main() -> None:
         ("pretrain", "a model: mage_fast.MAGE.from_pretrained(...)"),
         ("generated/grid.png", "new images"),
         ("edited/grid.png", "edited images"),
-        ("probe.json", "how well the probe classifies"),
+        ("probe/probe.json", "how well the probe classifies"),
     ):
         if (out / name).exists():
             print(f"{out / name}: {what}")

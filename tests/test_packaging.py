@@ -253,4 +253,48 @@ def test_source_distribution_holds_the_cpp_sources(tree: Path, tmp_path: Path) -
     shutil.unpack_archive(archive, tmp_path / "unpacked")
     (root,) = (tmp_path / "unpacked").iterdir()
     wanted = {"CMakeLists.txt", "LICENSE", "README.md", "kernels/dispatch.py", "kernels/csrc/philox.cpp"}
+    wanted |= {"mage_fast/py.typed"}
     assert {f for f in wanted if not (root / f).is_file()} == set()
+
+
+TYPED = """
+import torch
+
+import mage_fast
+from mage_fast import MAGE, VQGAN, MAGEConfig, SamplerConfig
+from mage_fast.export import export_encoder
+
+
+def features(folder: str, images: torch.Tensor) -> torch.Tensor:
+    model: MAGE = MAGE.from_pretrained(folder, revision="main")
+    loss: torch.Tensor = model(images).loss
+    address: str = VQGAN.from_pretrained(folder).push_to_hub("someone/tokenizer")
+    print(loss.item(), address, mage_fast.generate(model, 4, config=SamplerConfig(steps=8)).shape)
+    export_encoder(model, "ids").module()
+    branch, normed = mage_fast.ops.add_norm(images, images, images, images)
+    return model.features(images) + normed
+"""
+WRONG = """
+model = MAGE(MAGEConfig.vit_b(), "vqgan")
+steps: str = SamplerConfig().steps
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_uses_the_package_is_type_checked(tmp_path: Path) -> None:
+    (tmp_path / "typed.py").write_text(TYPED)
+    (tmp_path / "wrong.py").write_text(TYPED + WRONG)
+    options = ["--strict", "--follow-imports=silent", "--disable-error-code=no-untyped-call"]
+    options += ["--config-file=", f"--cache-dir={tmp_path / 'cache'}"]
+
+    def mypy(name: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", *options, name],
+            **{"cwd": tmp_path, "env": os.environ | {"MYPYPATH": str(ROOT)}},
+            **{"capture_output": True, "text": True},
+        )
+        assert done.stderr == ""
+        return done.stdout.splitlines()
+
+    assert mypy("typed.py") == ["Success: no issues found in 1 source file"]
+    assert [line.split("[")[-1] for line in mypy("wrong.py")[:-1]] == ["arg-type]", "assignment]"]

@@ -29,6 +29,11 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def is_painted(pixels: np.ndarray) -> np.ndarray:
+    paint = np.array([int(PAINT[i : i + 2], 16) for i in (1, 3, 5)])
+    return (abs(pixels - paint) < 8).all(2)
+
+
 class Web:
     """An open page, and what the browser told of it."""
 
@@ -61,25 +66,28 @@ class Web:
         self.page.locator(".examples button").nth(example).click()
         self.drawn(lambda now: not np.array_equal(now, before))
 
-    def paint(self, *points: tuple[float, float]) -> None:
-        """A stroke through points from (0, 0) to (1, 1) of the editor's image."""
-        left, top, side = self.image_box()
+    def paint(self, *points: tuple[float, float]) -> np.ndarray:
+        """A stroke through points from (0, 0) to (1, 1) of the editor's image; where paint is seen on it."""
+        box = self.canvas.bounding_box()
+        assert box is not None
+        top, left, side = self.image_box(self.drawn(lambda now: True))
         for number, (x, y) in enumerate(points):
-            self.page.mouse.move(left + x * side, top + y * side, steps=1 if number == 0 else 12)
+            at = box["x"] + left + x * side, box["y"] + top + y * side
+            self.page.mouse.move(*at, steps=1 if number == 0 else 12)
             if number == 0:
                 self.page.mouse.down()
         self.page.mouse.up()
-        paint = np.array([int(PAINT[i : i + 2], 16) for i in (1, 3, 5)])
-        self.drawn(lambda now: (abs(now - paint).max(2) < 8).sum() > 50)
+        now = self.drawn(lambda now: is_painted(now).sum() > 50)
+        top, left, side = self.image_box(now)
+        return is_painted(now)[top : top + side, left : left + side]
 
-    def image_box(self) -> tuple[float, float, float]:
-        """Left, top and side of the image in the window: what is not the editor's white."""
-        box = self.canvas.bounding_box()
-        assert box is not None
-        dark = (self.drawn(lambda now: True) < 200).all(2)
-        # the label and the tools are over the canvas too: a row or column of the image is darker than theirs
-        rows, columns = (np.flatnonzero(dark.sum(axis) > 150) for axis in (1, 0))
-        return box["x"] + columns[0], box["y"] + rows[0], float(columns[-1] - columns[0])
+    @staticmethod
+    def image_box(pixels: np.ndarray) -> tuple[int, int, int]:
+        """Top, left and side of the image in the editor's pixels."""
+        # label and tools are over the canvas too: a row or column of the image has more of what is not white
+        image = (pixels < 200).any(2)
+        rows, columns = (np.flatnonzero(image.sum(axis) > 150) for axis in (1, 0))
+        return int(rows[0]), int(columns[0]), int(columns[-1] - columns[0] + 1)
 
     def choose(self, label: str, value: int) -> None:
         self.page.get_by_label(f"number input for {label}").fill(str(value))

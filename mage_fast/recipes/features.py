@@ -74,7 +74,7 @@ class FeatureReader:
             )
         depth = self.model.config.encoder_depth
         if self.block is not None and self.block != "all" and not 0 <= self.block < depth:
-            raise InputError(f"features: block is {self.block}, wanted 0 <= block < {depth}, or all")
+            raise InputError(f"features: block is {self.block}, wanted 0 <= block < {depth}")
 
     @property
     def blocks(self) -> list[int]:

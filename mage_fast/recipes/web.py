@@ -165,11 +165,12 @@ def _page(gr: ModuleType, actions: Actions) -> Any:
             return image, _unpainted(actions, image)
 
         def edit(image: Any, painted: dict[str, Any], *values: Any) -> Result:
+            if painted["background"] is None:  # thrown away by the editor's bin
+                raise InputError("there is no image: choose an example or upload one")
             return actions.edit(image, painted["layers"], Settings(*values))
 
         on(samples.click, pick, [samples], [image, editor])
         on(upload.upload, read, [upload], [image, editor])
-        on(editor.clear, functools.partial(_unpainted, actions), [image], editor)
         on(run_edit.click, edit, [image, editor, *settings], [seen, edited])
         on(
             run_reconstruct.click,
@@ -203,10 +204,10 @@ def _settings(gr: ModuleType, actions: Actions) -> list[Any]:
         gr.Slider(0, 20, start.choice_temperature, step=0.5, label="Temperature"),
         gr.Dropdown([*SCHEDULES, CONSTANT], value=start.schedule, label="Schedule"),
         gr.Slider(0, 3, start.grow, step=1, label="Widening (tokens)"),
-        gr.Number(
+        gr.Textbox(
             start.label,
-            **{"label": "Class label", "precision": 0, "visible": classes is not None},
-            info=f"0 to {(classes or 1) - 1}; none: any class",
+            **{"label": "Class label", "visible": classes is not None, "max_lines": 1},
+            placeholder=f"any, or 0 to {(classes or 1) - 1}",
         ),
         gr.Slider(*(0, 10, start.guidance_scale), step=0.5, label="Guidance", visible=classes is not None),
     ]

@@ -49,7 +49,8 @@ class Settings:
     schedule: str = SamplerConfig.schedule
     #: Tokens by which an edit widens the paint on all sides.
     grow: int = 1
-    label: int | None = None
+    #: Empty for none.
+    label: str = ""
     guidance_scale: float = SamplerConfig.guidance_scale
 
 
@@ -186,15 +187,16 @@ class Actions:
         )
 
     def _labels(self, settings: Settings) -> Tensor | None:
-        label, classes = settings.label, self.model.config.num_classes
-        if label is None:
+        text, classes = settings.label.strip(), self.model.config.num_classes or 0
+        if not text:
             if settings.guidance_scale:
                 raise InputError("guidance weighs a class against none: give a class label too")
             return None
-        if classes is None or not 0 <= label < classes:
-            wanted = "none: the model knows no classes" if classes is None else f"0 to {classes - 1}"
-            raise InputError(f"class label is {label}, wanted {wanted}")
-        return torch.full((settings.variants,), label)
+        numbers = {str(label): label for label in range(classes)}
+        if text not in numbers:
+            wanted = f"0 to {classes - 1}" if classes else "none: the model knows no classes"
+            raise InputError(f"class label is {text[:20]!r}, wanted {wanted}")
+        return torch.full((settings.variants,), numbers[text])
 
 
 def painted(layers: Iterable[UInt8[ndarray, "h w 4"]], side: int) -> Bool[Tensor, "side side"]:
