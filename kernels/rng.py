@@ -28,6 +28,7 @@ memory, without widening them.)
 from __future__ import annotations
 
 from enum import IntEnum
+from operator import index
 
 import torch
 from torch import Tensor
@@ -68,11 +69,12 @@ def new_state(seed: int | None = None, step: int = 0, device: torch.device | str
     ``torch.manual_seed`` governs it.
 
     Raises:
-        ValueError: a seed that is no integer of 64 bits.
+        ValueError: a seed of more than 64 bits.
+        TypeError: a seed that is no integer.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    if not -(2**63) <= seed < 2**63:
+    elif not -(2**63) <= index(seed) < 2**63:  # of a float torch would cut the fraction off
         raise ValueError(f"seed is {seed}, wanted -2**63 <= seed < 2**63")
     return torch.tensor([seed, step], dtype=torch.int64, device=device)
 

@@ -182,7 +182,7 @@ class Decoding:
             is_unknown_BL = ids_BL == config.mask_token_id
             known_BL = ids_BL.masked_fill(is_unknown_BL, 0)
             check.values("generate", "ids", known_BL, 0, config.codebook_size)
-            ids_BL, num_unknown = ids_BL.to(device), tuple(is_unknown_BL.sum(1).tolist())
+            ids_BL, num_unknown = ids_BL.to(device, torch.int64), tuple(is_unknown_BL.sum(1).tolist())
         batch = len(num_unknown)
         class_ids_B = self.model.class_ids(labels_B, batch)
         shared_G, row_B = class_ids_B[:0], class_ids_B[:0]

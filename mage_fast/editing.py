@@ -73,7 +73,8 @@ def edit(
 
     Raises:
         ValueError: no tokenizer, a mask that is not boolean or of another size than the images, images of
-            another size than the tokenizer's, labels that do not fit, numbers out of range.
+            another size than the tokenizer's or far outside of [0, 1], labels that do not fit, numbers out of
+            range.
 
     Source: MAGE, appendix (image editing).
     """
@@ -111,7 +112,8 @@ def reconstruct(
         batch_size: images at a time.
 
     Raises:
-        ValueError: no tokenizer, images of another size than the tokenizer's, numbers out of range.
+        ValueError: no tokenizer, images of another size than the tokenizer's or far outside of [0, 1],
+            numbers out of range.
 
     Source: MAGE figure 2.
     """
@@ -267,6 +269,9 @@ def _check(name: str, model: MAGE, images_B3HW: Tensor, batch_size: int) -> None
     check.floating(name, "images", images_B3HW)
     if not len(images_B3HW):
         raise ValueError(f"{name}: number of images is 0, wanted at least 1")
+    low, high = (x.item() for x in images_B3HW.aminmax())
+    if not (low >= -1 and high <= 2):  # bytes, NaN; a decoded image may lie a little outside
+        raise ValueError(f"{name}: images hold values from {low:g} to {high:g}, wanted about [0, 1]")
     if batch_size < 1:
         raise ValueError(f"{name}: batch_size is {batch_size}, wanted at least 1")
 

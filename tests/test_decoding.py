@@ -284,6 +284,14 @@ def test_no_step_waits_for_a_gpu_or_copies_to_it(
         assert mode.calls > 100
 
 
+def test_ids_of_any_integer_dtype_give_int64() -> None:
+    model = build()
+    ids, decode = partly_known(model, [5, 16]), Decoding(model, SamplerConfig(steps=2))
+    narrow = decode(ids_BL=ids.int(), seed=0)
+    assert narrow.dtype == torch.int64
+    assert torch.equal(narrow, decode(ids_BL=ids, seed=0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

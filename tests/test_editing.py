@@ -241,6 +241,8 @@ def test_hidden_tokens_are_completed(ratio: float, model: MAGE) -> None:
         ),
         ({"labels_B": torch.tensor([1])}, r"labels has shape \(1,\), wanted \(2,\)"),
         ({"labels_B": torch.tensor([1, 99])}, "labels holds 99, wanted 0 <= labels"),
+        ({"images_B3HW": pictures(2) * 255}, r"edit: images hold values from .* to 25\d.*, wanted about"),
+        ({"images_B3HW": torch.full((2, 3, 16, 16), math.nan)}, "edit: images hold values from nan to nan"),
         ({"grow": -1}, "token_mask: grow is -1, wanted 0 or more"),
         ({"batch_size": 0}, "edit: batch_size is 0, wanted at least 1"),
     ],

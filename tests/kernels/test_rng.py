@@ -250,3 +250,16 @@ def test_dropout_mask_follows_elements_not_memory() -> None:
     assert torch.equal(
         rng.dropout(x.t(), state(8), 1, 0.5), rng.dropout(x.t().contiguous(), state(8), 1, 0.5)
     )
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
+def test_a_state_holds_any_seed_of_64_bits(seed: int) -> None:
+    assert rng.new_state(seed, 3).tolist() == [seed, 3]
+
+
+def test_other_seeds_are_refused() -> None:
+    for seed in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match=rf"seed is {seed}, wanted -2\*\*63 <= seed < 2\*\*63"):
+            rng.new_state(seed)
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        rng.new_state(1.5)  # type: ignore[arg-type]
