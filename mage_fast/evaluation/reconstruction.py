@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,7 +75,10 @@ def score_reconstructions(
     if not count:
         raise InputError("score_reconstructions: there are no images")
     mean = f"mean of {count:,} images"
-    scores = [Score("psnr_db", decibels / count, f"{mean}, clamped to [0, 1], not quantised")]
+    if math.isfinite(decibels):
+        scores = [Score("psnr_db", decibels / count, f"{mean}, clamped to [0, 1], not quantised")]
+    else:  # as of a white image whose reconstruction is clamped; JSON has no infinity
+        scores = [Score("psnr_db", None, "infinite: an image and its reconstruction are equal")]
     if similarities:
         value = torch.cat(similarities).double().mean().item()
         scores.append(Score("ssim", value, f"{mean}, Gaussian window of {SSIM_WINDOW} (sigma 1.5), RGB"))

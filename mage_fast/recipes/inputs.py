@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -67,12 +68,14 @@ def read_pictures(spec: str, count: int, *, image_size: int, split: Split = "tes
     """
     if count < 1:
         raise InputError(f"count is {count}, wanted 1 or more")
-    path = Path(spec).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(spec))
+    if spec == "digits":  # to all verbs the source, whatever lies here; a folder of that name is ./digits
+        source = open_source(spec, image_size=image_size, split=split)
+    elif path.is_file():
         return _cropped([_read(path)], [str(path)], image_size, EVALUATION_RESIZE)
-    if path.is_dir():
+    elif path.is_dir():
         source = open_source(f"folder:{path}", image_size=image_size, split="all")
-    elif spec == "digits" or ":" in spec:
+    elif ":" in spec:
         source = open_source(spec, image_size=image_size, split=split)
     else:
         raise InputError(

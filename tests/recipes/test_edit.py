@@ -65,7 +65,11 @@ def pixels(path: Path) -> torch.Tensor:
 # What is read
 
 
-def test_pictures_are_those_of_the_evaluation(photo: Path) -> None:
+def test_pictures_are_those_of_the_evaluation(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # is not what digits means
     source = open_source("digits", image_size=16, split="test")
     stream = batches(source, 5, shuffle=False, augment="eval")
     assert torch.equal(read_pictures("digits", 5, image_size=16).images_B3HW, next(stream).inputs)
@@ -223,7 +227,8 @@ def test_what_an_edit_refuses(
         "broken.png cannot be read": (*box, "--images", broken),
         f"{broken} cannot be read": (*box, "--images", tmp_path),
         "holds no PNG, JPEG, WebP or BMP image": (*box, "--images", tmp_path / "empty"),
-        "there is no such file or folder": (*box, "--images", "nothing.png"),
+        "'nothing.png': there is no such file or folder": (*box, "--images", "nothing.png"),
+        "'~nobody/a.png': there is no such file or folder": (*box, "--images", "~nobody/a.png"),
         "count is 0": (*box, "--count", 0),
         "variants 0": (*box, "--variants", 0),
         "grow is -2": (*box, "--grow", -2),

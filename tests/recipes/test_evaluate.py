@@ -243,6 +243,24 @@ def test_a_tokenizer(files: Path, tmp_path: Path, small: nn.Module) -> None:
     assert bare["psnr_db"] == result["psnr_db"]
 
 
+def test_an_exact_reconstruction_has_no_number_of_decibels() -> None:
+    class White:
+        grid_size, codebook_size = 1, 1
+
+        def encode(self, images: Tensor) -> Tensor:
+            return torch.zeros(len(images), 1, dtype=torch.int64)
+
+        def decode(self, ids: Tensor) -> Tensor:
+            return torch.full((len(ids), 3, SIZE, SIZE), 1.25)
+
+    scores, count, _ = reconstruction.score_reconstructions(White(), [torch.ones(2, 3, SIZE, SIZE)])
+    assert count == 2
+    found = {score.name: score for score in scores}
+    assert found["psnr_db"].value is None
+    assert found["psnr_db"].note.startswith("infinite")
+    assert found["ssim"].value == pytest.approx(1.0)
+
+
 class Absolute:
     """Stands in for LPIPS, whose weights are a download."""
 
