@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mage_fast.decoding import eval_mode
 from mage_fast.errors import CheckpointError, InputError
 from mage_fast.model import MAGE
 from mage_fast.recipes.loading import Precision, precision_context
@@ -23,7 +25,7 @@ from mage_fast.training.data import batches, open_source, steps_per_epoch
 from mage_fast.training.logs import progress
 from mage_fast.training.run import check_settings
 from mage_fast.training.run_state import module_fingerprint
-from mage_fast.training.sources import Source, Split
+from mage_fast.training.sources import Source, Split, TokenSource
 from mage_fast.training.watch import check_labelled
 
 #: Which block's output: a number from 0, every one, or the last.
@@ -37,21 +39,21 @@ class Features(NamedTuple):
     labels_N: Int64[Tensor, " N"]
 
 
-def open_labelled(model: MAGE, data: str, split: Split) -> Source:
-    """A source of two or more classes that the model can read, at its image size.
+def open_labelled(what: str, model: MAGE, data: str, split: Split) -> Source:
+    """A source of two or more classes that the model can read, at its image size; messages name ``what``.
 
     Raises:
         InputError: an unknown source, data without labels, tokens of another tokenizer.
     """
     tokenizer = model.config.tokenizer
     source = open_source(data, image_size=tokenizer.image_size if tokenizer else 256, split=split)
-    check_labelled("probe", model, source)
+    check_labelled(what, model, source)
     return source
 
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Reads the features of sources by one frozen model, in eval mode.
+    """Reads the features of sources by one model, frozen and in eval mode.
 
     Raises:
         InputError: a batch size below 1.
@@ -90,7 +92,7 @@ class FeatureReader:
         """Features of a batch, float32, on the model's device; all blocks' come from one pass."""
         device = self.model.head.bias.device
         inputs = inputs.to(device, non_blocking=True)
-        with precision_context(self.precision, device):
+        with precision_context(self.precision, device), eval_mode(self.model):
             if self.block == "all":
                 return self.model.block_features(inputs).float()
             return self.model.features(inputs, block=self.block)[None].float()
@@ -112,9 +114,11 @@ class FeatureReader:
             CheckpointError: the file there is damaged.
         """
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        settings = self.settings(source) | {"augment": augment, "epoch": epoch, "seed": seed}
-        if path is not None and path.exists():
-            return _kept(path, settings)
+        settings: dict[str, Any] = {}
+        if path is not None:
+            settings = self.settings(source) | {"augment": augment, "epoch": epoch, "seed": seed}
+            if path.exists():
+                return _kept(path, settings)
         stream = batches(
             source,
             self.batch_size,
@@ -147,18 +151,26 @@ class FeatureReader:
     def settings(self, source: Source) -> dict[str, Any]:
         """What decides features: the model's weights, the data's names and labels, block, precision."""
         return {
-            "model": module_fingerprint(self.model),
+            "model": self._fingerprint,
             "data": source.spec,
             "items": source_fingerprint(source),
             "block": self.block,
             "precision": self.precision,
         }
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return module_fingerprint(self.model)
+
 
 def source_fingerprint(source: Source) -> str:
-    """SHA-256 over the labels and names of a source's items, and the size that images are made."""
+    """SHA-256 over the labels and names of a source's items and the size that images are made, or the
+    checksums of a token cache.
+    """
     digest = hashlib.sha256(f"{source.image_size} {source.class_names}\n".encode(errors="surrogateescape"))
     digest.update(source.labels.tobytes())
+    if isinstance(source, TokenSource):  # its items have no names of their own
+        digest.update(json.dumps(source.cache.checksums).encode())
     for index in range(len(source)):
         digest.update(source.name(index).encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()
@@ -180,7 +192,7 @@ def extract_features(
         InputError: an unknown source, or data of a single class.
     """
     reader = FeatureReader(model, block, batch_size, workers, precision)
-    features_HND, labels_N = reader.read(open_labelled(model, data, split), split)
+    features_HND, labels_N = reader.read(open_labelled("features", model, data, split), split)
     return features_HND[0], labels_N
 
 
