@@ -26,7 +26,9 @@ import torch
 
 from benchmarks.ablations import spread
 from mage_fast.files import atomic_path, write_json
+from mage_fast.model import MAGE
 from mage_fast.recipes.probe import HeadChoices, ProbeConfig, run
+from mage_fast.training.run_state import module_fingerprint
 
 RECIPES: tuple[Literal["solved", "cached", "exact"], ...] = ("solved", "cached", "exact")
 
@@ -83,10 +85,11 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "linear_probe.json"
-    settings = {
+    head = {
         name: getattr(options, name)
         for name in ("epochs", "warmup_epochs", "batch_size", "base_lr", "augment")
     }
+    settings = head | {"model": module_fingerprint(MAGE.from_pretrained(options.model))}
     records: list[dict[str, Any]] = []
     if path.exists():
         saved = json.loads(path.read_text("utf-8"))
@@ -98,7 +101,7 @@ def main() -> None:
         for recipe in RECIPES:
             if any((r["recipe"], r["seed"]) == (recipe, seed) for r in records):
                 continue
-            records.append(measure(options.model, recipe, HeadChoices(seed=seed, **settings)))
+            records.append(measure(options.model, recipe, HeadChoices(seed=seed, **head)))
             versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
             write_json(path, {"runs": records, "settings": settings, "versions": versions})
     with atomic_path(options.out / "linear_probe.md") as temporary:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mage_fast.errors import InputError
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -30,6 +32,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_folder(path: Path, what: str) -> None:
+    """Check, before any work, that a folder for ``what`` is there or can be made.
+
+    Raises:
+        InputError: it or a folder above it is a file.
+    """
+    nearest = next(x for x in (path, *path.parents) if x.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is a file, wanted a folder for {what}")
 
 
 def write_json(path: Path | str, values: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mage_fast.decoding import eval_mode
 from mage_fast.errors import CheckpointError, InputError
 from mage_fast.model import MAGE
 from mage_fast.recipes.loading import Precision, precision_context
@@ -36,21 +38,21 @@ class Features(NamedTuple):
     labels_N: Int64[Tensor, " N"]
 
 
-def open_labelled(model: MAGE, data: str, split: Split) -> Source:
-    """A source of two or more classes that the model can read, at its image size.
+def open_labelled(what: str, model: MAGE, data: str, split: Split) -> Source:
+    """A source of two or more classes that the model can read, at its image size; messages name ``what``.
 
     Raises:
         InputError: an unknown source, data without labels, tokens of another tokenizer.
     """
     tokenizer = model.config.tokenizer
     source = open_source(data, image_size=tokenizer.image_size if tokenizer else 256, split=split)
-    check_labelled("probe", model, source)
+    check_labelled(what, model, source)
     return source
 
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Reads the features of sources by one frozen model, in eval mode.
+    """Reads the features of sources by one model, frozen and in eval mode.
 
     Raises:
         InputError: a batch size below 1.
@@ -89,7 +91,7 @@ class FeatureReader:
         """Features of a batch, float32, on the model's device; all blocks' come from one pass."""
         device = self.model.head.bias.device
         inputs = inputs.to(device, non_blocking=True)
-        with precision_context(self.precision, device):
+        with precision_context(self.precision, device), eval_mode(self.model):
             if self.block == "all":
                 return self.model.block_features(inputs).float()
             return self.model.features(inputs, block=self.block)[None].float()
@@ -111,9 +113,11 @@ class FeatureReader:
             CheckpointError: the file there is damaged.
         """
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        settings = self.settings(source) | {"augment": augment, "epoch": epoch, "seed": seed}
-        if path is not None and path.exists():
-            return _kept(path, settings)
+        settings: dict[str, Any] = {}
+        if path is not None:
+            settings = self.settings(source) | {"augment": augment, "epoch": epoch, "seed": seed}
+            if path.exists():
+                return _kept(path, settings)
         stream = batches(
             source,
             self.batch_size,
@@ -146,12 +150,16 @@ class FeatureReader:
     def settings(self, source: Source) -> dict[str, Any]:
         """What decides features: the model's weights, the data's files and labels, block, precision."""
         return {
-            "model": module_fingerprint(self.model),
+            "model": self._fingerprint,
             "data": source.spec,
             "items": source_fingerprint(source),
             "block": self.block,
             "precision": self.precision,
         }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return module_fingerprint(self.model)
 
 
 def extract_features(
@@ -170,7 +178,7 @@ def extract_features(
         InputError: an unknown source, or data of a single class.
     """
     reader = FeatureReader(model, block, batch_size, workers, precision)
-    features_HND, labels_N = reader.read(open_labelled(model, data, split), split)
+    features_HND, labels_N = reader.read(open_labelled("features", model, data, split), split)
     return features_HND[0], labels_N
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mage_fast.errors import InputError
-from mage_fast.files import write_json
+from mage_fast.files import require_folder, write_json
 from mage_fast.probe import chance_level, linear_probe
 from mage_fast.recipes.accuracy_plots import accuracy_curves
 from mage_fast.recipes.features import FeatureReader, Features, open_labelled
@@ -60,7 +60,7 @@ def run(config: FewshotConfig) -> dict[str, Any]:
     model = load_model(config.model, pick_device(config.device))
     folder = None if config.out is None else config.out / "features"
     reader = FeatureReader(model, config.block, config.batch_size, config.workers, config.precision, folder)
-    sources = [open_labelled(model, config.data, split) for split in ("train", "test")]
+    sources = [open_labelled("fewshot", model, config.data, split) for split in ("train", "test")]
     require_shots(sources[0], max(config.shots))
     train, test = (reader.read(source, name) for source, name in zip(sources, ("train", "test"), strict=True))
     draws = [(shots, seed) for shots in config.shots for seed in range(config.seeds)]
@@ -137,8 +137,8 @@ def check_draws(verb: str, shots: Sequence[int], seeds: int, out: Path | None) -
         raise InputError(
             f"{verb}: shots {list(shots)}, seeds {seeds}: wanted different shots, these and seeds 1 or more"
         )
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, wanted a folder for the result")
+    if out is not None:
+        require_folder(out, "the result")
 
 
 def summary(accuracies: Sequence[float]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises:
         InputError: unlabelled data, a cache of another tokenizer, numbers out of range, a missing package, a
-            folder that holds another run.
+            folder that holds another run or another model.
         TrainingError: the loss is not finite, too many steps were skipped, a process is lost.
     """
     with torchrun_processes(pick_device(config.device)) as processes:
@@ -120,6 +120,7 @@ class _Finetuning:
 
     def run(self) -> dict[str, Any]:
         config, processes = self.config, self.processes
+        self.folder.refuse_others()
         tracker = open_tracker(config.tracker, config=self.folder.settings) if processes.is_main else None
         start_step = self.folder.resume(config.resume)
         held_out = HeldOut(

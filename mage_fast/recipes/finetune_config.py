@@ -126,6 +126,7 @@ class FinetuneConfig:
             *(("weight_decay", self.weight_decay, 0), ("label_smoothing", self.label_smoothing, 0)),
             *(("mixup", recipe.mixup, 0), ("cutmix", recipe.cutmix, 0)),
             *(("accumulate", self.accumulate, 1), ("evaluate_every", self.evaluate_every, 1)),
+            *(("seed", self.seed, 0), ("workers", self.workers, 0)),
             *(("log_every", self.log_every, 1), ("checkpoints.every", self.checkpoints.every or 1, 1)),
         ):
             if not least_value <= value < math.inf:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mage_fast.errors import InputError
-from mage_fast.files import write_json
+from mage_fast.files import require_folder, write_json
 from mage_fast.recipes.pictures import write_grid
 from mage_fast.training.images import EXTENSIONS
 from mage_fast.training.metrics import save_png, to_uint8
@@ -34,8 +34,7 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         InputError: a file in the folder's place, images of other settings or of something else in it, a
             damaged file of settings.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file, wanted a folder for the images")
+    require_folder(folder, "the images")
     path = folder / name
     if path.exists():
         check_settings(folder, _noted(path), json.loads(json.dumps(settings)))

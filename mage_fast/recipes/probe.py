@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mage_fast.errors import InputError
-from mage_fast.files import write_json
+from mage_fast.files import require_folder, write_json
 from mage_fast.probe import chance_level, knn_accuracy, linear_probe
 from mage_fast.recipes.accuracy_plots import accuracy_curves
 from mage_fast.recipes.features import Block, FeatureReader, Features, extract_features, open_labelled
@@ -24,7 +24,7 @@ from mage_fast.recipes.probe_training import (
     HeadTraining,
     KeptFeatures,
 )
-from mage_fast.training.run import check_settings, pick_device
+from mage_fast.training.run import Run, check_settings, pick_device
 from mage_fast.training.sources import Source
 from mage_fast.training.watch import NEIGHBOURS
 
@@ -75,18 +75,22 @@ def run(config: ProbeConfig) -> dict[str, Any]:
     model = load_model(config.model, device)
     folder = None if config.out is None else config.out / "features"
     reader = FeatureReader(model, config.block, config.batch_size, config.workers, config.precision, folder)
-    train, test = (open_labelled(model, config.data, split) for split in ("train", "test"))
+    train, test = (open_labelled("probe", model, config.data, split) for split in ("train", "test"))
     choices = config.head.checked(model.config.encoder_width, len(train))
     result: dict[str, Any] = {
         **{"model": str(config.model), "data": config.data, "recipe": config.recipe},
         **{"block": config.block, "precision": config.precision, "train_images": len(train)},
     }
+    settings: dict[str, Any] = {}
+    if config.out is not None and config.recipe != "solved":
+        settings = reader.settings(train) | {"recipe": config.recipe} | dataclasses.asdict(choices)
+        Run(config.out, settings).refuse_other_settings()
     test_features = reader.read(test, "test")
     result |= {"test_images": len(test_features.labels_N), "chance": chance_level(test_features.labels_N)}
     if config.recipe == "solved":
         blocks = _solved(reader, train, test_features)
     else:
-        trained = _trained(config, choices, reader, train, test_features)
+        trained = _trained(config, choices, settings, reader, train, test_features)
         if trained.get("stopped_by"):
             return trained
         blocks = trained.pop("accuracies")
@@ -121,9 +125,14 @@ def _solved(reader: FeatureReader, train: Source, test: Features) -> list[dict[s
 
 
 def _trained(
-    config: ProbeConfig, choices: HeadChoices, reader: FeatureReader, train: Source, test: Features
+    config: ProbeConfig,
+    choices: HeadChoices,
+    settings: dict[str, Any],
+    reader: FeatureReader,
+    train: Source,
+    test: Features,
 ) -> dict[str, Any]:
-    """``accuracies`` of every block, the last loss, steps and what stopped the training, if anything did."""
+    """``accuracies`` of every block, steps, and what stopped the training, if anything did."""
     assert config.out is not None
     model = reader.model
     device, width = model.head.bias.device, model.config.encoder_width
@@ -142,7 +151,6 @@ def _trained(
             ]
         stream, images = KeptFeatures(views, choices, device), len(views[0].labels_N)
     training = HeadTraining(choices, len(reader.blocks), width, train.num_classes, images, test, device)
-    settings = {"recipe": config.recipe} | reader.settings(train) | dataclasses.asdict(choices)
     done = training.run(config.out, settings, stream)
     about = {"steps": done.step, "stopped_by": done.stopped_by}
     if done.stopped_by:
@@ -167,12 +175,13 @@ def _check_folder(config: ProbeConfig) -> None:
         if config.recipe != "solved":
             raise InputError(f"probe: recipe {config.recipe} trains a head, wanted --out, the run's folder")
         return
-    nearest = next(path for path in (config.out, *config.out.parents) if path.exists())
-    if not nearest.is_dir():
-        raise InputError(f"{nearest} is a file, wanted a folder for the probe")
+    require_folder(config.out, "the probe")
     path = config.out / RESULT
     if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is no result of a probe: give another --out") from error
         check_settings(config.out, {k: saved.get(k) for k in FIXED}, {k: getattr(config, k) for k in FIXED})
 
 
@@ -184,5 +193,6 @@ def _print_table(config: ProbeConfig, blocks: list[dict[str, float]]) -> None:
     for number, found in enumerate(blocks):
         table.add_row(str(number), *(f"{value:.1%}" for value in found.values()))
     console = Console(stderr=True)
-    console.print(f"{config.model} on {config.data}: top-1 accuracy after each block", highlight=False)
+    title = f"{config.model} on {config.data}: top-1 accuracy after each block"
+    console.print(title, highlight=False, markup=False)
     console.print(table)

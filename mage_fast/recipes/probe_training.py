@@ -76,16 +76,20 @@ class HeadChoices:
         assert choices.base_lr is not None
         if (
             not 0 <= choices.warmup_epochs <= choices.epochs
-            or min(choices.epochs, choices.batch_size) < 1
+            or choices.epochs < 1
+            or choices.batch_size < 2
             or not 0 < choices.base_lr < math.inf
             or min(choices.views, choices.seed) < 0
         ):
             raise InputError(
                 f"probe: head.epochs {choices.epochs}, warmup_epochs {choices.warmup_epochs}, batch_size "
                 f"{choices.batch_size}, base_lr {choices.base_lr}, views {choices.views}, seed "
-                f"{choices.seed}: wanted 0 <= warmup_epochs <= epochs, epochs and batch_size 1 or "
-                "more, base_lr above 0 and the others 0 or more"
+                f"{choices.seed}: wanted 0 <= warmup_epochs <= epochs, epochs 1 or more, "
+                "batch_size 2 or more (its statistics are the BatchNorm's), base_lr above 0 and the others 0 "
+                "or more"
             )
+        if images < choices.batch_size:
+            raise InputError(f"probe: {images} training images, wanted head.batch_size {choices.batch_size}")
         return choices
 
 
@@ -211,11 +215,10 @@ class FreshFeatures:
         assert self.choices.batch_size is not None
         batch_size, device = self.choices.batch_size, self.reader.model.head.bias.device
         # A step's images are read and encoded in parts: 4096 photographs and their activations are many GB.
-        split = next(
-            parts
-            for parts in range(1, batch_size + 1)
-            if batch_size % parts == 0 and batch_size // parts <= self.reader.batch_size
-        )
+        # The parts read are equal, be they small ones: those encoded are as large as they may be.
+        largest = min(batch_size, self.reader.batch_size)
+        size = next(size for size in range(largest, 0, -1) if batch_size % size == 0)
+        split, together = batch_size // size, self.reader.batch_size // size
         stream = training_batches(
             self.source,
             batch_size,
@@ -228,9 +231,14 @@ class FreshFeatures:
             pin_memory=device.type == "cuda",
         )
         try:
-            while parts := list(islice(stream, split)):
-                features = [self.reader.encode(part.inputs) for part in parts]
-                yield torch.cat(features, 1), torch.cat([part.labels for part in parts]).to(device)
+            while True:
+                features, labels = [], []
+                for first in range(0, split, together):
+                    parts = list(islice(stream, min(together, split - first)))
+                    inputs = [part.inputs.to(device, non_blocking=True) for part in parts]
+                    features.append(self.reader.encode(torch.cat(inputs)))
+                    labels += [part.labels for part in parts]
+                yield torch.cat(features, 1), torch.cat(labels).to(device, non_blocking=True)
         finally:
             stream.close()
 
@@ -260,7 +268,8 @@ class KeptFeatures:
         for epoch, indices in order:
             chosen_B = torch.from_numpy(indices)
             features_HND = self.views[epoch % len(self.views)].features_HND
-            yield features_HND[:, chosen_B].to(self.device), labels_N[chosen_B].to(self.device)
+            parts = features_HND[:, chosen_B], labels_N[chosen_B]
+            yield parts[0].to(self.device, non_blocking=True), parts[1].to(self.device, non_blocking=True)
 
 
 FeatureStream = FreshFeatures | KeptFeatures

@@ -133,7 +133,7 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
     trainer = Trainer(config, device)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     state = Run(config.out, {"recipe": "train-tokenizer", **settings}, **trainer.parts)
-    _check_folder(state)
+    state.refuse_others()
     start = state.resume()
     about = {"folder": str(config.out), "steps": config.steps, "stopped_by": None}
     files = (config.out / name for name in (CONFIG_NAME, WEIGHTS_NAME, GRID_NAME))
@@ -184,13 +184,3 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
             f"{config.model.codebook_size} codes in use; the tokenizer is in {config.out}"
         )
     return about | metrics
-
-
-def _check_folder(state: Run) -> None:
-    """Refuse a folder that cannot be made, or holds a model that this run has not written."""
-    nearest = next(path for path in (state.folder, *state.folder.parents) if path.exists())
-    if not nearest.is_dir():
-        raise InputError(f"{nearest} is a file, wanted a folder for the run")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if (state.folder / name).exists() and not state.checkpoints.paths():
-            raise InputError(f"{state.folder} holds a {name} of something else: give another --out")

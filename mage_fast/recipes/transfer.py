@@ -58,7 +58,8 @@ def run(config: TransferConfig) -> dict[str, Any]:
     folder = None if config.out is None else config.out / "features"
     reader = FeatureReader(model, config.block, config.batch_size, config.workers, config.precision, folder)
     sources = {
-        data: [open_labelled(model, data, split) for split in ("train", "test")] for data in config.data
+        data: [open_labelled("transfer", model, data, split) for split in ("train", "test")]
+        for data in config.data
     }
     for train_source, _ in sources.values():
         require_shots(train_source, config.shots)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 from mage_fast.errors import InputError
+from mage_fast.files import require_folder
+from mage_fast.storage import CONFIG_NAME, WEIGHTS_NAME
 from mage_fast.training.checkpoints import Checkpoints, read_state
 from mage_fast.training.run_state import Part
 
@@ -44,6 +46,17 @@ class Run:
         #: The recipe's own values of the state that was resumed.
         self.extra: dict[str, Any] = {}
 
+    def refuse_others(self) -> None:
+        """Refuse a folder that cannot be made, or whose model this run would overwrite and has not written.
+
+        Raises:
+            InputError: so.
+        """
+        require_folder(self.folder, "the run")
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if (self.folder / name).exists() and not self.checkpoints.paths():
+                raise InputError(f"{self.folder} holds a {name} of something else: give another --out")
+
     def resume(self, source: Path | Literal["auto"] = "auto") -> int:
         """Load a state; the steps done before, 0 for a new run.
 
@@ -56,8 +69,23 @@ class Run:
                 of an earlier version, or is a file.
             CheckpointError: the state is damaged or of another model.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"{self.folder} is a file, wanted a folder for the run")
+        path = self.refuse_other_settings(source)
+        if path is None:
+            return 0
+        if source != "auto":
+            self._check_later(path)
+        state = self.checkpoints.load(path, self.parts)
+        self.extra = state.extra
+        return state.step
+
+    def refuse_other_settings(self, source: Path | Literal["auto"] = "auto") -> Path | None:
+        """What :meth:`resume` checks before it loads; the state it would load. For checks before long work.
+
+        Raises:
+            InputError: a file, the state of an earlier version, or one with other settings.
+            CheckpointError: the state is damaged.
+        """
+        require_folder(self.folder, "the run")
         if (self.folder / OLD_STATE).exists():
             raise InputError(
                 f"{self.folder} holds a {OLD_STATE}, the state of a version that kept no {CHECKPOINTS}/: "
@@ -65,14 +93,10 @@ class Run:
             )
         self.checkpoints.remove_leftovers()
         path = self.checkpoints.latest() if source == "auto" else Path(source)
-        if path is None:
-            return 0
-        check_settings(self.folder if source == "auto" else path, read_state(path).settings, self.settings)
-        if source != "auto":
-            self._check_later(path)
-        state = self.checkpoints.load(path, self.parts)
-        self.extra = state.extra
-        return state.step
+        if path is not None:
+            where = self.folder if source == "auto" else path
+            check_settings(where, read_state(path).settings, self.settings)
+        return path
 
     def save(self, step: int, extra: dict[str, Any] | None = None) -> None:
         """Write the state after ``step`` steps; earlier ones stay until the new one is whole."""

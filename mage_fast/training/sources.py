@@ -328,6 +328,9 @@ class TokenSource(Source):
             raise InputError(f"data {spec!r}: the {split} split of {len(self.cache)} items is empty")
         super().__init__(spec, self.cache.labels[self._chosen], self.cache.class_names)
 
+    def version(self, index: int) -> str:
+        return ",".join(self.cache.checksums) if index == 0 else ""  # of all items alike
+
     def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
         return self.cache.batch(self._chosen[indices], view=view % self.cache.views)
 

@@ -280,6 +280,8 @@ class TokenCache:
         self.class_names: tuple[str, ...] = tuple(index["class_names"])
         self.split: str = index["split"]
         check_shards(self.folder, dict(enumerate(index["shards"])), index, verify=verify)
+        #: CRC-32 of the ids of each shard.
+        self.checksums: list[str] = [shard["ids"]["crc32"] for shard in index["shards"]]
         self._maps = [map_ids(self.folder, shard, index) for shard in index["shards"]]
         labels = [np.fromfile(self.folder / s["labels"]["file"], LABEL_DTYPE) for s in index["shards"]]
         self.labels: np.ndarray = np.concatenate([np.empty(0, LABEL_DTYPE), *labels])

@@ -279,6 +279,11 @@ def check_labelled(what: str, model: MAGE, source: Source) -> None:
         )
     if isinstance(source, TokenSource):
         cache, config = source.cache, model.config
+        if config.encoder_input != "tokens":
+            raise InputError(
+                f"{what}: {source.spec} holds tokens, but the model's encoder_input is "
+                f'"{config.encoder_input}"; wanted images'
+            )
         if (cache.length, cache.codebook_size) != (config.num_tokens, config.codebook_size):
             raise InputError(
                 f"{what}: {source.spec} has {cache.length} tokens of {cache.codebook_size} codes an image, "

@@ -154,8 +154,9 @@ def test_what_transfer_refuses_before_it_reads(
 
 def test_a_file_in_the_folder_s_place(made: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match="is a file, wanted a folder"):
-        fewshot.run(few(made, out=tmp_path / "out"))
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        with pytest.raises(InputError, match="out is a file, wanted a folder for the result"):
+            fewshot.run(few(made, out=out))
 
 
 def test_options_of_the_command_line() -> None:

@@ -192,6 +192,8 @@ def test_the_papers_recipes_by_width() -> None:
         ({"epochs": 0}, "epochs 0"),
         ({"warmup_epochs": 3}, "warmup_epochs 3"),
         ({"accumulate": 3}, "batch_size is 256, wanted a multiple of 3"),
+        ({"seed": -1}, "seed is -1, wanted 0 or more"),
+        ({"workers": -1}, "workers is -1, wanted 0 or more"),
         ({"evaluate_every": 0}, "evaluate_every is 0, wanted 1 or more"),
         ({"augment": "wild"}, "augment is 'wild'"),
         ({"rand_augment": "m9"}, "rand_augment is 'm9'"),
@@ -259,6 +261,11 @@ def test_other_runs_and_other_models_are_refused(
     arguments = ["finetune", "--out", str(tmp_path / "new"), "--model"]
     assert main([*arguments, str(out)]) == 2
     assert "holds a classifier, wanted the model that it was made of" in capsys.readouterr().err
+    for file in (tmp_path / "other").iterdir():
+        before = file.read_bytes()
+        with pytest.raises(InputError, match=r"other holds a config.json of something else"):
+            run(dataclasses.replace(first, model=tmp_path / "other", out=tmp_path / "other"))
+        assert file.read_bytes() == before
     augment._rand_augment.cache_clear()
     monkeypatch.setitem(sys.modules, "timm.data", None)
     assert main([*arguments, str(model), "--rand-augment", "rand-m9"]) == 2

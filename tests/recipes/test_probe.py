@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,10 @@ from mage_fast.config import MAGEConfig
 from mage_fast.errors import CheckpointError, InputError, TrainingError
 from mage_fast.model import MAGE
 from mage_fast.probe import knn_accuracy, linear_probe
-from mage_fast.recipes.features import FeatureReader, Features
+from mage_fast.recipes import tokenize
+from mage_fast.recipes.features import FeatureReader, Features, extract_features, open_labelled
 from mage_fast.recipes.probe import ProbeConfig, run
-from mage_fast.recipes.probe_training import HeadChoices, HeadTraining, KeptFeatures
+from mage_fast.recipes.probe_training import FreshFeatures, HeadChoices, HeadTraining, KeptFeatures
 from mage_fast.storage import read_safetensors
 from mage_fast.training.data import batches, open_source
 
@@ -236,20 +238,98 @@ def test_a_loss_that_is_not_finite_ends_the_training(made: Path, tmp_path: Path)
         ({"head": HeadChoices(base_lr=0.0)}, "base_lr 0.0"),
         ({"head": HeadChoices(views=-1)}, "views -1"),
         ({"head": HeadChoices(augment="much")}, "augment is 'much'"),
-        ({"recipe": "cached", "head": HeadChoices(batch_size=61)}, "60 training images, wanted at least"),
+        ({"head": HeadChoices(batch_size=1)}, "batch_size 1, .* batch_size 2 or more"),
+        (
+            {"recipe": "cached", "head": HeadChoices(batch_size=61)},
+            "60 training images, wanted head.batch",
+        ),
         ({"out": "a file"}, "is a file, wanted a folder"),
+        ({"out": "below a file"}, "file is a file, wanted a folder"),
     ],
 )
 def test_bad_input(made: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     changes = {"out": tmp_path / "out"} | changes
     if changes.get("data"):
         changes["data"] = f"folder:{made / 'data' / '0'}"
-    if changes["out"] == "a file":
-        changes["out"] = tmp_path / "file"
-        changes["out"].write_text("")
+    (tmp_path / "file").write_text("")
+    for name, path in (("a file", "file"), ("below a file", "file/out")):
+        if changes["out"] == name:
+            changes["out"] = tmp_path / path
     with pytest.raises(InputError, match=message):
         run(config(made, **changes))
-    assert not (tmp_path / "out" / "probe.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_refused_before_features_are_computed(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, head = tmp_path / "out", dataclasses.replace(HEAD, views=1, epochs=1)
+    run(config(made, recipe="cached", out=out, head=head))
+    before = sorted(out.rglob("*"))
+    (out / "probe.json").unlink()
+    monkeypatch.setattr(FeatureReader, "read", None)
+    with pytest.raises(InputError, match=r"holds a run with .*views 1 and not 2"):
+        run(config(made, recipe="cached", out=out, head=dataclasses.replace(head, epochs=2, views=2)))
+    (out / "probe.json").write_text("{")
+    with pytest.raises(InputError, match=r"probe.json is no result of a probe"):
+        run(config(made, recipe="cached", out=out, head=head))
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_step_is_encoded_in_parts_as_it_is_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more images are in memory than are encoded at a time, and no fewer, of a prime number either."""
+    model = MAGE.from_pretrained(made / "model")
+    source = open_labelled("probe", model, f"folder:{made / 'data'}", "train")
+    read, parts, own_image = 0, [], type(source).image
+
+    def image(self: Any, index: int) -> Image.Image:
+        nonlocal read
+        read += 1
+        return own_image(self, index)
+
+    monkeypatch.setattr(type(source), "image", image)
+    reader = FeatureReader(model, batch_size=8)
+    own_encode = FeatureReader.encode
+
+    def encode(self: FeatureReader, inputs: Tensor) -> Tensor:
+        parts.append((len(inputs), read))
+        return own_encode(self, inputs)
+
+    monkeypatch.setattr(FeatureReader, "encode", encode)
+    for batch_size, wanted in ((17, [(8, 8), (8, 16), (1, 17)]), (16, [(8, 8), (8, 16)]), (5, [(5, 5)])):
+        read = 0
+        parts.clear()
+        choices = dataclasses.replace(HEAD, batch_size=batch_size, augment="eval").checked(32, len(source))
+        features, labels = next(FreshFeatures(reader, source, choices)(0))
+        assert parts == wanted
+        batch = next(batches(source, batch_size))
+        assert torch.equal(labels, batch.labels)
+        with torch.no_grad():
+            torch.testing.assert_close(features[0], model.features(batch.inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_the_eval_mode_s(made: Path) -> None:
+    model = MAGE.from_pretrained(made / "model")
+    assert model.config.dropout > 0
+    data = f"folder:{made / 'data'}"
+    wanted, labels = extract_features(model, data, "test")
+    got, _ = extract_features(model.train(), data, "test")
+    assert torch.equal(got, wanted)
+    assert model.encoder.training
+    assert labels.tolist() == sorted(labels.tolist())
+
+
+def test_features_of_a_cache_made_anew_are_refused(made: Path, tmp_path: Path) -> None:
+    """Its items have the same names and labels."""
+    data, cache, out = f"folder:{made / 'data'}", tmp_path / "tokens", tmp_path / "out"
+    options = {"tokenizer": made / "model", "data": data, "out": cache}
+    tokenize.run(tokenize.TokenizeConfig(**options))  # type: ignore[arg-type]
+    found = run(config(made, data=f"tokens:{cache}", out=out))
+    assert run(config(made, data=f"tokens:{cache}", out=out)) == found
+    shutil.rmtree(cache)
+    tokenize.run(tokenize.TokenizeConfig(**options, augment="strong"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"test.safetensors holds a run with items"):
+        run(config(made, data=f"tokens:{cache}", out=out))
 
 
 def test_the_paper_s_head_by_default() -> None:
