@@ -197,6 +197,16 @@ def test_kept_features_are_spread_over_all_and_statistics_are_of_all() -> None:
     assert statistics(x_ND[:40], keep=0).features_ND.shape == (0, 3)  # type: ignore[union-attr]
 
 
+def test_an_inception_score_of_certain_classes_is_their_number() -> None:
+    """Logits so far apart that probabilities underflow; a fifth class occurs nowhere."""
+    classes = torch.arange(4).repeat_interleave(50)  # in each of the ten parts, about equally often
+    mean, _ = inception_score(torch.eye(5)[classes] * 5000)
+    assert 3.5 < mean <= 4.0
+    parts = np.random.RandomState(SEED).permutation(200).reshape(ISC_SPLITS, -1)
+    shares = [np.bincount(classes.numpy()[part], minlength=4) / 20 for part in parts]
+    assert mean == pytest.approx(np.mean([np.exp(-(q * np.log(q)).sum()) for q in shares]), rel=1e-12)
+
+
 def test_features_of_other_shapes_or_values_are_refused() -> None:
     x, y = statistics(draw(20, 4, 1)), statistics(draw(20, 5, 2))
     with pytest.raises(InputError, match="fid: the images have 4 features, the reference 5"):
