@@ -144,7 +144,7 @@ def main() -> None:
 
     if sum(path.is_dir() for path in photos.iterdir()) > 1:
         say("9. What the encoder has learned: a linear classifier on its features")
-        mage_fast("probe", "--model", model, "--data", data, "--out", out / "probe.json")
+        mage_fast("probe", "--model", model, "--data", data, "--out", out / "probe")
     else:
         say("9. A linear probe wants one sub-folder a class: left out")
 
@@ -159,7 +159,7 @@ def main() -> None:
         ("pretrain", "a model: mage_fast.MAGE.from_pretrained(...)"),
         ("generated/grid.png", "new images"),
         ("edited/grid.png", "edited images"),
-        ("probe.json", "how well the probe classifies"),
+        ("probe/probe.json", "how well the probe classifies"),
     ):
         if (out / name).exists():
             print(f"{out / name}: {what}")

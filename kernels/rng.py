@@ -66,9 +66,14 @@ def stream(kind: Stream, layer: int = 0) -> int:
 def new_state(seed: int | None = None, step: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """An int64 ``(seed, step)`` state. Without a seed one is drawn from torch's global CPU generator, so
     ``torch.manual_seed`` governs it.
+
+    Raises:
+        ValueError: a seed that is no integer of 64 bits.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, wanted -2**63 <= seed < 2**63")
     return torch.tensor([seed, step], dtype=torch.int64, device=device)
 
 

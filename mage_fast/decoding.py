@@ -199,7 +199,7 @@ class Decoding:
             torch.arange(first_sample, first_sample + batch, device=device),
             counts_TB.to(device),
             self._places(ids_BL),
-            torch.tensor([(seed, t) for t in range(steps)], device=device),
+            torch.stack([rng.new_state(seed, t) for t in range(steps)]).to(device),
         )
         before = (num_unknown, *(tuple(counts_B) for counts_B in counts_TB[:-1].tolist()))
         return _Kind(before, len(shared_G)), inputs

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
@@ -71,7 +70,7 @@ class HubMixin:
         if not _REPO_ID.fullmatch(repo_id):
             raise InputError(f"push_to_hub: repo_id is {repo_id!r}, wanted owner/name")
         hub = optional("huggingface_hub", extra="hub")
-        with tempfile.TemporaryDirectory() as folder, _reaching(hub, f"push_to_hub: {repo_id}", revision):
+        with tempfile.TemporaryDirectory() as folder, _reaching(f"push_to_hub: {repo_id}", revision):
             write_card(self, folder, license=license)
             self.save_pretrained(folder)
             api = hub.HfApi(token=token)
@@ -111,15 +110,15 @@ def local_path(path: str | Path, revision: str | None = None) -> Path:
         hub = optional("huggingface_hub", extra="hub")
     except InputError as error:
         raise InputError(f"{path}: no such file or folder here; on the hub: {error}") from error
-    with _reaching(hub, f"{path}: no such file or folder here", revision):
+    with _reaching(f"{path}: no such file or folder here", revision):
         files = [storage.CONFIG_NAME, storage.WEIGHTS_NAME]
         return Path(hub.snapshot_download(path, revision=revision, allow_patterns=files))
 
 
 @contextmanager
-def _reaching(hub: ModuleType, where: str, revision: str | None) -> Iterator[None]:
+def _reaching(where: str, revision: str | None) -> Iterator[None]:
     """What the hub's client raises, as one line that begins with ``where``."""
-    errors = hub.errors
+    errors = optional("huggingface_hub.errors", extra="hub")  # hub.errors is there after an import only
     try:
         yield
     except errors.GatedRepoError as error:

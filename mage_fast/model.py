@@ -360,14 +360,6 @@ class MAGE(HubMixin, nn.Module):
         x_TD = self.embedding(inputs, self.class_ids(None, len(ids_BL)), plan, rng_state)
         return x_TD, plan, rng_state
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``.
-
-        Raises:
-            CheckpointError: the folder cannot be made or written.
-        """
-        storage.save_pretrained(self, folder)
-
     @classmethod
     def from_pretrained(
         cls, path: str | Path, tokenizer: Tokenizer | None = None, *, revision: str | None = None

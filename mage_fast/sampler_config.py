@@ -85,10 +85,11 @@ class SamplerConfig:
             raise ValueError(
                 f"SamplerConfig: guidance_scale is {self.guidance_scale}, wanted a finite number"
             )
-        if self.choice_temperature < 0 or not self.temperature > 0:
+        if not (0 <= self.choice_temperature < math.inf and 0 < self.temperature < math.inf):
             raise ValueError(
                 f"SamplerConfig: (choice_temperature, temperature) is "
-                f"{(self.choice_temperature, self.temperature)}, wanted 0 or more and more than 0"
+                f"{(self.choice_temperature, self.temperature)}, wanted finite numbers, 0 or more and more "
+                "than 0"
             )
         if self.final_temperature is not None and not 0 < self.final_temperature < math.inf:
             raise ValueError(

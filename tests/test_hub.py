@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from mage_fast import hub as hub_of_ours
 from mage_fast.storage import read_config
 from tests.models import build, draw_ids, tiny
 
+ROOT = Path(__file__).parent.parent
 TOKENIZER = TokenizerConfig(8, 32, 8, 8, (1, 2), 1, 4)
 
 
@@ -172,6 +175,26 @@ def test_what_the_hub_answers_is_told_in_a_line(hub: SimpleNamespace, error: Exc
         VQGAN(TOKENIZER).push_to_hub("no/such", revision="v9")
     assert str(caught.value).startswith("push_to_hub: no/such; ")
     assert "\n" not in str(caught.value)
+
+
+def test_offline_it_says_so_in_a_process_that_has_not_imported_the_client(tmp_path: Path) -> None:
+    code = """
+import mage_fast
+try:
+    mage_fast.VQGAN.from_pretrained("no/such")
+except mage_fast.CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("no/such: no such file or folder here; the hub cannot be reached"), (
+        done.stderr
+    )
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

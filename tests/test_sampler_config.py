@@ -224,6 +224,9 @@ def test_a_graph_follows_the_order_of_each_batch() -> None:
         ({"final_temperature": 0.0}, "final_temperature is 0.0, wanted a finite number more than 0, or None"),
         ({"final_temperature": math.nan}, "final_temperature is nan"),
         ({"final_temperature": math.inf}, "final_temperature is inf"),
+        ({"temperature": math.inf}, r"\(6.0, inf\), wanted finite numbers, 0 or more"),
+        ({"choice_temperature": math.nan}, r"\(nan, 1.0\), wanted finite"),
+        ({"choice_temperature": math.inf}, r"\(inf, 1.0\), wanted finite"),
     ],
 )
 def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None:

@@ -112,7 +112,8 @@ class Accumulator:
             )
         x_BD = features_BD.double()
         kept_BD = features_BD.float().cpu()
-        if not kept_BD.isfinite().all():
+        logits_BK = None if logits_BK is None else logits_BK.float().cpu()
+        if not kept_BD.isfinite().all() or not (logits_BK is None or logits_BK.isfinite().all()):
             raise InputError(
                 f"features: those of images {self.count} to {self.count + batch - 1} hold NaN or infinity"
             )
@@ -128,7 +129,7 @@ class Accumulator:
         chosen_B = self._chosen(batch)
         self._features.append(kept_BD[chosen_B])
         if logits_BK is not None:
-            self._logits.append(logits_BK.float().cpu()[chosen_B])
+            self._logits.append(logits_BK[chosen_B])
         self.count += batch
 
     def _chosen(self, batch: int) -> Bool[Tensor, " B"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mage_fast.decoding import Decoding
 from mage_fast.editing import border_mask, box_mask, edit, hide_tokens, shrink, token_mask
 from mage_fast.errors import InputError
+from mage_fast.kernels import rng
 from mage_fast.model import MAGE
 from mage_fast.recipes.inputs import Pictures, fingerprint, read_mask, read_pictures
 from mage_fast.recipes.loading import Precision, image_size, load_model, precision_context
@@ -74,7 +75,7 @@ def run(config: EditConfig) -> dict[str, object]:
         InputError: images or masks that cannot be read or do not fit, no task or more than one, guidance
             without a label, a folder with images of other settings.
         OSError: a file cannot be written.
-        ValueError: a label that is none of the model's classes, a box outside of the image, a model that
+        ValueError: a label that is none of the model's classes, a seed of more than 64 bits, a model that
             does not generate.
     """
     tasks = {name: getattr(config, name) for name in ("mask", "box", "outpaint", "uncrop")}
@@ -99,6 +100,7 @@ def run(config: EditConfig) -> dict[str, object]:
     labels_B = None if config.label is None else torch.full((len(images_B3HW),), config.label)
     model.class_ids(labels_B, len(images_B3HW))
     Decoding(model, config.sampler)  # refuses a model that does not generate
+    rng.new_state(config.seed + config.variants - 1)  # and this the last seed
     grow = config.grow if config.grow is not None else int(config.uncrop is None)
     settings = {
         **dataclasses.asdict(config.sampler),
@@ -147,7 +149,7 @@ def _task(config: EditConfig, model: MAGE, pictures: Pictures) -> tuple[Tensor, 
             return box_mask(size, config.box).numpy()
         if whole.shape[::-1] != size:
             raise InputError(
-                f"{config.mask} is {whole.shape[1]} x {whole.shape[0]} pixels, wanted the images' "
+                f"{config.mask} is {whole.shape[1]} x {whole.shape[0]} pixels, wanted the image's "
                 f"{size[0]} x {size[1]}"
             )
         return whole

@@ -37,7 +37,7 @@ from mage_fast.training.augment import Augmentation
 from mage_fast.training.data import batches, open_source, steps_per_epoch
 from mage_fast.training.logs import progress
 from mage_fast.training.run import pick_device
-from mage_fast.training.sources import Source, Split
+from mage_fast.training.sources import Source, Split, source_fingerprint
 
 #: The short side becomes the wanted one, then the middle is cut out.
 CROP = Augmentation(crop="center", flip=False, resize_ratio=1.0)
@@ -90,6 +90,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         )
     if config.out is not None and config.out.suffix != ".json":
         raise InputError(f"evaluate: out is {config.out}, wanted a .json file")
+    for name, folder in (("out", config.out and config.out.parent), ("cache", config.cache)):
+        if folder is not None:
+            _check_folder(name, folder)
+    if config.out is not None and config.out.is_dir():
+        raise InputError(f"evaluate: out {config.out} is a folder, wanted a .json file")
     for package in ("torch_fidelity", "torchmetrics"):
         optional(package, extra="evaluate")
     device = pick_device(config.device)
@@ -100,11 +105,18 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "notes": {score.name: score.note for score in scores},
         "convention": convention,
     }
+    _print(scores, convention)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.out, result)
-    _print(scores, convention)
     return result
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made, before an hour is spent on what shall lie in it."""
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise InputError(f"evaluate: {name} wants the folder {folder}, but {there} is a file")
 
 
 def _generated(config: EvaluateConfig, device: torch.device) -> tuple[list[Score], dict[str, Any]]:
@@ -115,6 +127,8 @@ def _generated(config: EvaluateConfig, device: torch.device) -> tuple[list[Score
     width, height = folder.size
     if width != height:
         raise InputError(f"{config.images}: images are {width} x {height} pixels, wanted squares")
+    if len(folder) < 2:
+        raise InputError(f"{config.images} holds 1 image, wanted two or more for a covariance")
     source = None if config.reference.endswith(".npz") else _open(config.reference, width, config.split)
     given = None if source else _given(Path(config.reference).expanduser())
     extractor = open_extractor(config.features, width, device)
@@ -212,12 +226,9 @@ def _computed(
     config: EvaluateConfig, source: Source, extractor: Extractor, device: torch.device
 ) -> tuple[FeatureStatistics, dict[str, Any]]:
     """Statistics of real images, from the cache's file where it was computed before."""
-    names = hashlib.sha256()
-    for index in range(len(source)):
-        names.update(source.name(index).encode(errors="surrogateescape") + b"\0")
     wanted = {
         "features": _features(extractor),
-        "reference": _described(source, config.split) | {"names": names.hexdigest()},
+        "reference": _described(source, config.split) | {"items": source_fingerprint(source)},
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     kind = source.spec.partition(":")[0]
@@ -267,7 +278,7 @@ def _print(scores: list[Score], convention: dict[str, Any]) -> None:
     for part, values in convention.items():
         if part == "packages" or values is None:
             continue
-        said = ", ".join(f"{k} {v[:12] if k in ('sha256', 'names') else v}" for k, v in values.items())
+        said = ", ".join(f"{k} {v[:12] if k in ('sha256', 'items') else v}" for k, v in values.items())
         console.print(f"{part}: {said}", markup=False, highlight=False, soft_wrap=True)
     counted = convention.get("images", {}).get("count", PUBLISHED_IMAGES)
     if counted < PUBLISHED_IMAGES:

@@ -5,7 +5,6 @@ Shape suffixes: H blocks of the encoder (one, or all), N images, D features.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from mage_fast.training.data import batches, open_source, steps_per_epoch
 from mage_fast.training.logs import progress
 from mage_fast.training.run import check_settings
 from mage_fast.training.run_state import module_fingerprint
-from mage_fast.training.sources import Source, Split, TokenSource
+from mage_fast.training.sources import Source, Split, source_fingerprint
 from mage_fast.training.watch import check_labelled
 
 #: Which block's output: a number from 0, every one, or the last.
@@ -149,7 +148,7 @@ class FeatureReader:
         return found
 
     def settings(self, source: Source) -> dict[str, Any]:
-        """What decides features: the model's weights, the data's names and labels, block, precision."""
+        """What decides features: the model's weights, the data's files and labels, block, precision."""
         return {
             "model": self._fingerprint,
             "data": source.spec,
@@ -161,19 +160,6 @@ class FeatureReader:
     @cached_property
     def _fingerprint(self) -> str:
         return module_fingerprint(self.model)
-
-
-def source_fingerprint(source: Source) -> str:
-    """SHA-256 over the labels and names of a source's items and the size that images are made, or the
-    checksums of a token cache.
-    """
-    digest = hashlib.sha256(f"{source.image_size} {source.class_names}\n".encode(errors="surrogateescape"))
-    digest.update(source.labels.tobytes())
-    if isinstance(source, TokenSource):  # its items have no names of their own
-        digest.update(json.dumps(source.cache.checksums).encode())
-    for index in range(len(source)):
-        digest.update(source.name(index).encode(errors="surrogateescape") + b"\n")
-    return digest.hexdigest()
 
 
 def extract_features(

@@ -14,6 +14,7 @@ from torch import Tensor
 from mage_fast.decoding import Decoding
 from mage_fast.editing import GREY, hide_tokens
 from mage_fast.errors import InputError
+from mage_fast.kernels import rng
 from mage_fast.recipes.loading import Precision, load_model, precision_context
 from mage_fast.recipes.outputs import GRID, PNGWriter, claim
 from mage_fast.recipes.pictures import write_animation, write_grid
@@ -61,7 +62,8 @@ def run(config: GenerateConfig) -> dict[str, object]:
         InputError: a folder with images of other settings, a wrong count, guidance without a label, both
             ``label`` and ``labels``.
         OSError: a file cannot be written, as on a full disk; it names the file, and what is whole stays.
-        ValueError: a label that is none of the model's classes, a model that does not generate.
+        ValueError: a label that is none of the model's classes, a seed of more than 64 bits, a model that
+            does not generate.
     """
     if config.count < 1 or config.batch_size < 1:
         raise InputError(f"generate: count {config.count}, batch_size {config.batch_size}: wanted 1 or more")
@@ -70,8 +72,9 @@ def run(config: GenerateConfig) -> dict[str, object]:
     if model.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer to make images with")
     labels = _labels(config)
-    # a wrong label, a model that does not generate: refused before anything is written
+    # a wrong label or seed, a model that does not generate: refused before anything is written
     model.class_ids(labels, config.count)
+    rng.new_state(config.seed)
     decode = Decoding(model, config.sampler)
     settings = {
         **dataclasses.asdict(config.sampler),
@@ -99,7 +102,8 @@ def run(config: GenerateConfig) -> dict[str, object]:
                 )
                 images_B3HW = to_uint8(model.tokenizer.decode(ids_BL))
             writer.write(images_B3HW, paths[part])
-    if missing and missing[0] < GRID_IMAGES:
+    # a run may have been killed between its last image and the grid
+    if not (config.out / GRID).exists() or (missing and missing[0] < GRID_IMAGES):
         _grid(paths[:GRID_IMAGES], config.out / GRID)
     if config.animate:
         with precision_context(config.precision, device):

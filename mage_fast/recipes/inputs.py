@@ -32,13 +32,18 @@ class Pictures(NamedTuple):
     def masks(self, mask: Callable[[tuple[int, int]], Bool[np.ndarray, "H W"]]) -> Bool[Tensor, "B H W"]:
         """The masks that ``mask`` makes of each image's size before the crop, cropped as the images are.
 
+        A pixel is masked if any of the image's own that it comes from is: thin lines do not vanish.
+
         Raises:
-            InputError: the crop leaves nothing of a mask.
+            InputError: ``mask`` refuses a size, or the crop leaves nothing of a mask; with the image's name.
         """
         side, masks = self.images_B3HW.shape[2], []
         for size, crop, name in zip(self.sizes, self.crops, self.names, strict=True):
-            whole = Image.fromarray(mask(size).astype(np.uint8) * 255)
-            cropped = torch.from_numpy(np.asarray(applied(whole, crop, side)) >= 128)
+            try:
+                whole = Image.fromarray(mask(size).astype(np.float32))
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from error
+            cropped = torch.from_numpy(np.asarray(applied(whole, crop, side, Image.Resampling.BOX)) > 0)
             if not cropped.any():
                 raise InputError(
                     f"{name}: the mask is empty within the crop, which keeps the pixels from (left, top) "

@@ -16,6 +16,7 @@ from torch import Tensor
 from mage_fast.errors import InputError
 from mage_fast.files import require_folder, write_json
 from mage_fast.recipes.pictures import write_grid
+from mage_fast.training.images import EXTENSIONS
 from mage_fast.training.metrics import save_png, to_uint8
 from mage_fast.training.run import check_settings
 
@@ -30,19 +31,31 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     """Note settings in a folder for images, in a file ``name``, or compare them with those noted.
 
     Raises:
-        InputError: a file in the folder's place, images of other settings or of something else in it.
+        InputError: a file in the folder's place, images of other settings or of something else in it, a
+            damaged file of settings.
     """
     require_folder(folder, "the images")
     path = folder / name
     if path.exists():
-        check_settings(folder, json.loads(path.read_text()), json.loads(json.dumps(settings)))
-    elif folder.exists() and any(folder.glob("*.png")):
+        check_settings(folder, _noted(path), json.loads(json.dumps(settings)))
+    elif folder.exists() and any(x.suffix.lower() in EXTENSIONS for x in folder.iterdir()):
         raise InputError(f"{folder} holds images of something else: give another --out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
     for leftover in folder.glob(".*.png.tmp"):  # of a run that was killed
         leftover.unlink()
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """Settings as :func:`claim` noted them."""
+    try:
+        noted = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON file ({error}): give another --out, or remove it") from error
+    if not isinstance(noted, dict):
+        raise InputError(f"{path} holds no settings: give another --out, or remove it")
+    return noted
 
 
 class PNGWriter:

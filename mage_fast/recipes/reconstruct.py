@@ -9,6 +9,7 @@ from pathlib import Path
 from mage_fast.decoding import Decoding
 from mage_fast.editing import hide_tokens, reconstruct
 from mage_fast.errors import InputError
+from mage_fast.kernels import rng
 from mage_fast.recipes.inputs import fingerprint, read_pictures
 from mage_fast.recipes.loading import Precision, image_size, load_model, precision_context
 from mage_fast.recipes.outputs import claim, write_tries
@@ -51,7 +52,7 @@ def run(config: ReconstructConfig) -> dict[str, object]:
     Raises:
         InputError: images that cannot be read, numbers out of range, a folder with images of other settings.
         OSError: a file cannot be written.
-        ValueError: a model that does not generate.
+        ValueError: a seed of more than 64 bits, a model that does not generate.
     """
     if not 0.0 <= config.ratio <= 1.0 or config.tries < 1 or config.batch_size < 1:
         raise InputError(
@@ -62,6 +63,7 @@ def run(config: ReconstructConfig) -> dict[str, object]:
     model = load_model(config.model, device)
     pictures = read_pictures(config.images, config.count, image_size=image_size(model), split=config.split)
     Decoding(model, config.sampler)  # refuses a model that does not generate
+    rng.new_state(config.seed + config.tries - 1)  # and this the last seed
     settings = {
         **dataclasses.asdict(config.sampler),
         **{"seed": config.seed, "ratio": config.ratio, "precision": config.precision},

@@ -135,13 +135,15 @@ def drawn(
     return Crop(box, resized, (left, top), flip, seed)
 
 
-def applied(image: Image.Image, crop: Crop, size: int) -> Image.Image:
-    """The ``size`` x ``size`` pixels that a crop takes out of an image, bicubic where it is resized."""
+def applied(
+    image: Image.Image, crop: Crop, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The ``size`` x ``size`` pixels that a crop takes out of an image, resampled where it is resized."""
     left, top, right, bottom = crop.box
     if crop.resized == (right - left, bottom - top):
         image = image.crop(crop.box)
     else:
-        image = image.resize(crop.resized, Image.Resampling.BICUBIC, box=crop.box)
+        image = image.resize(crop.resized, resample, box=crop.box)
     left, top = crop.corner
     image = image.crop((left, top, left + size, top + size))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else image

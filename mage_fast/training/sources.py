@@ -66,6 +66,10 @@ class Source:
         """What messages call item ``index``."""
         return f"{self.spec}[{index}]"
 
+    def version(self, index: int) -> str:
+        """What changes when the file of item ``index`` is written anew; nothing where that is not known."""
+        return ""
+
     def encoded(self, index: int) -> bytes:
         """The content of the image file of item ``index``.
 
@@ -116,6 +120,25 @@ class Source:
                 log.warning("skipped %s: %s", name, reason)
             elif len(self.bad_files) == LOGGED_FILES + 1:
                 log.warning("skipped more files of %s, which are counted and not named here", self.spec)
+
+
+def source_fingerprint(source: Source) -> str:
+    """SHA-256 over the labels, names and versions of a source's items, and the size that images are made."""
+    digest = hashlib.sha256(f"{source.image_size} {source.class_names}\n".encode(errors="surrogateescape"))
+    digest.update(source.labels.tobytes())
+    for index in range(len(source)):
+        item = f"{source.name(index)}\0{source.version(index)}\0"
+        digest.update(item.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def file_version(path: Path) -> str:
+    """Size and time of a file, as long as there is one."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def summary_of_bad_files(names: Collection[str], first: int = 5) -> str:
@@ -261,6 +284,9 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         return str(self.root / self._files[index])
 
+    def version(self, index: int) -> str:
+        return file_version(self.root / self._files[index])
+
     def encoded(self, index: int) -> bytes:
         if self._escapes(self._files[index]):
             raise UnreadableImage("a link that leads out of the folder is not followed")
@@ -301,6 +327,9 @@ class TokenSource(Source):
         if not len(self._chosen):
             raise InputError(f"data {spec!r}: the {split} split of {len(self.cache)} items is empty")
         super().__init__(spec, self.cache.labels[self._chosen], self.cache.class_names)
+
+    def version(self, index: int) -> str:
+        return ",".join(self.cache.checksums) if index == 0 else ""  # of all items alike
 
     def tokens(self, indices: np.ndarray, view: int) -> np.ndarray:
         return self.cache.batch(self._chosen[indices], view=view % self.cache.views)

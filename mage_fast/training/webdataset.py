@@ -17,7 +17,7 @@ import numpy as np
 from mage_fast.errors import InputError
 from mage_fast.training.augment import require_size
 from mage_fast.training.images import EXTENSIONS, UnreadableImage, header_size
-from mage_fast.training.sources import Source, Split, split_folders, split_indices
+from mage_fast.training.sources import Source, Split, file_version, split_folders, split_indices
 from mage_fast.training.tar_shards import ShardReader, expand_braces, members
 
 #: Largest label: every class up to the largest label has a name, seen or not.
@@ -61,6 +61,7 @@ class WebDatasetSource(Source):
         self._columns = {name: array("q") for name in ("shard", "offset", "size", "label", "end")}
         self._names = bytearray()
         self._reader = ShardReader(shards, [0] * len(shards))
+        self._versions = [file_version(shard) for shard in shards]
         for number, shard in enumerate(shards):
             self._scan(number, shard)
         columns = {name: np.frombuffer(column, np.int64) for name, column in self._columns.items()}
@@ -169,6 +170,9 @@ class WebDatasetSource(Source):
 
     def name(self, index: int) -> str:
         return self._name(int(self._chosen[index]))
+
+    def version(self, index: int) -> str:
+        return self._versions[self._shard[self._chosen[index]]]
 
     def encoded(self, index: int) -> bytes:
         item = self._chosen[index]

@@ -210,6 +210,10 @@ def test_features_of_other_shapes_or_values_are_refused() -> None:
     x_ND[37, 2] = torch.nan
     with pytest.raises(InputError, match="features: those of images 8 to 37 hold NaN or infinity"):
         statistics(x_ND, (8, 30))
+    with pytest.raises(InputError, match="features: those of images 0 to 3 hold NaN or infinity"):
+        Accumulator(lambda images: (images[:, :, 0, 0].float(), torch.full((4, 2), torch.inf))).update(
+            images_of(4)
+        )
     with pytest.raises(InputError, match=r"4 images gave shape \(4, 2, 2\), wanted \(4, D\)"):
         Accumulator(lambda images: torch.zeros(len(images), 2, 2)).update(images_of(4))
     with pytest.raises(InputError, match=r"images are torch.float32 of shape \(4, 3, 1, 1\), wanted uint8"):

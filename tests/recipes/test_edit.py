@@ -78,15 +78,24 @@ def test_pictures_are_those_of_the_evaluation(photo: Path) -> None:
 
 
 def test_a_mask_is_cropped_as_its_image(photo: Path) -> None:
-    """White pixels in the image and in the mask come to lie in the same place."""
+    """White pixels in the image and in the mask come to lie in the same place, each of them: 60 x 40 pixels
+    are resized to 27 x 18, of which 16 x 16 are kept.
+    """
     mask = np.zeros((40, 60), dtype=bool)
     mask[12:24, 20:44] = True
     marked = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
     marked.save(photo.parent.parent / "marked.png")
     found = read_pictures(str(photo.parent.parent / "marked.png"), 1, image_size=16)
+    mask[30, 10:50] = True  # a line thinner than a pixel of the crop
+    wanted = torch.zeros(16, 16, dtype=torch.bool)
+    for y, x in np.argwhere(mask):
+        row, column = int((y + 0.5) * 0.45) - 1, int((x + 0.5) * 0.45) - 5
+        if 0 <= row < 16 and 0 <= column < 16:
+            wanted[row, column] = True
     (cropped,) = found.masks(lambda size: mask)
-    assert 0 < cropped.sum() < 256
-    assert torch.equal(cropped, found.images_B3HW[0, 0] * 255 >= 128)
+    assert torch.equal(cropped, wanted)
+    assert cropped[found.images_B3HW[0, 0] * 255 >= 128].all()
+    assert cropped[12].all()
 
 
 # What is written
@@ -204,7 +213,7 @@ def test_what_an_edit_refuses(
         "box (left, top, right, bottom) is (4, 4, 17, 12), wanted 0 <=": ("--box", 4, 4, 17, 12),
         "is (4, 4, 4, 12), wanted 0 <= left < right <= 16": ("--box", 4, 4, 4, 12),
         "the mask is empty within the crop, which keeps": (*file, "--box", 0, 0, 6, 40),
-        "square.png is 40 x 40 pixels, wanted the images' 60 x 40": (
+        f"{photo}: {tmp_path / 'square.png'} is 40 x 40 pixels, wanted the image's 60 x 40": (
             *file,
             "--mask",
             tmp_path / "square.png",
@@ -221,6 +230,7 @@ def test_what_an_edit_refuses(
         "border (left, top, right, bottom) is (9, 0, 9, 0)": ("--outpaint", 9, 0, 9, 0),
         "scale is 1.5": ("--uncrop", 1.5),
         "labels holds 5, wanted 0 <= labels < 5": (*box, "--label", 5),
+        f"seed is {2**63}, wanted -2**63 <= seed < 2**63": (*box, "--seed", 2**63 - 3, "--variants", 4),
         "guidance_scale is 2.0 without a label": (*box, "--sampler.guidance-scale", 2),
         "top_k is 99, wanted at most the 32 codes": (*box, "--sampler.top-k", 99),
         "has no tokenizer": (*box, "--model", bare),
@@ -234,10 +244,20 @@ def test_what_an_edit_refuses(
 
 def test_what_a_reconstruction_refuses(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = ("reconstruct", "--model", saved, "--out", tmp_path / "out")
-    for message, wrong in (("ratio 1.2", ("--ratio", 1.2)), ("tries 0", ("--tries", 0))):
+    for message, wrong in (
+        ("ratio 1.2", ("--ratio", 1.2)),
+        ("tries 0", ("--tries", 0)),
+        (f"seed is {2**63}, wanted", ("--seed", 2**63 - 2)),
+    ):
         assert message in fails(capsys, *options, *wrong)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.png").write_bytes(b"mine")
-    assert "holds images of something else: give another --out" in fails(capsys, *options)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.png"]
+    for name in ("mine.png", "mine.JPG"):
+        (tmp_path / "out" / name).write_bytes(b"mine")
+        assert "holds images of something else: give another --out" in fails(capsys, *options)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+        (tmp_path / "out" / name).unlink()
+    noted = tmp_path / "out" / "reconstruct.json"
+    for content, message in (("{", f"{noted} is no JSON file"), ("[]", f"{noted} holds no settings")):
+        noted.write_text(content)
+        assert message in fails(capsys, *options)

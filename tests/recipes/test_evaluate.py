@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,18 @@ def test_a_reference_is_computed_once(files: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_images_that_changed_under_their_names_are_read_anew(files: Path, tmp_path: Path) -> None:
+    real = shutil.copytree(files / "real", tmp_path / "real")
+    changes = {"reference": f"folder:{real}"}
+    first = evaluate.run(config_of(files, tmp_path, **changes))
+    for path in real.iterdir():
+        shutil.copy(files / "generated" / "000003.png", path)
+    second = evaluate.run(config_of(files, tmp_path, **changes))
+    fresh = evaluate.run(config_of(files, tmp_path, **changes, cache=tmp_path / "other"))
+    assert second["fid"] == fresh["fid"]
+    assert second["fid"] != first["fid"]
+
+
 def test_statistics_of_adm_layout_give_a_fid_and_say_what_they_do_not_give(
     files: Path, tmp_path: Path, small: nn.Module
 ) -> None:
@@ -284,6 +297,9 @@ def test_wrong_input_is_one_line(files: Path, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "oblong").mkdir()
     Image.new("RGB", (20, 16)).save(tmp_path / "oblong" / "0.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "one" / "0.png")
     torch.jit.script(nn.Flatten(2)).save(str(tmp_path / "flat.pt"))
     (tmp_path / "text.pt").write_text("no program")
     images = ("--images", files / "generated", "--reference", "digits")
@@ -306,10 +322,14 @@ def test_wrong_input_is_one_line(files: Path, tmp_path: Path, capsys: pytest.Cap
         (("--images", tmp_path / "empty", *images[2:]), "holds no PNG files"),
         (("--images", tmp_path / "oblong", *images[2:]), "20 x 16 pixels, wanted squares"),
         ((*images, "--out", tmp_path / "result.txt"), "wanted a .json file"),
+        ((*images, "--out", tmp_path / "text.pt" / "x.json"), "text.pt is a file"),
+        ((*images, "--out", tmp_path / "folder.json"), "folder.json is a folder, wanted a .json file"),
+        ((*images, "--cache", tmp_path / "text.pt" / "x"), "text.pt is a file"),
+        (("--images", tmp_path / "one", *images[2:]), "holds 1 image, wanted two or more"),
         ((*images, "--batch-size", 0), "batch_size 0"),
     ):
         options = ("--cache", tmp_path / "cache", "--device", "cpu")
-        assert main([str(x) for x in ("evaluate", *arguments, *options)]) == 2, arguments
+        assert main([str(x) for x in ("evaluate", *options, *arguments)]) == 2, arguments
         captured = capsys.readouterr()
         assert captured.out == ""
         lines = [line for line in captured.err.splitlines() if line.startswith("mage-fast: error: ")]

@@ -64,6 +64,22 @@ def test_killed_at_random_it_goes_on(model: Path, tmp_path: Path) -> None:
     assert ours == theirs, "to the byte, and no temporary file is left"
 
 
+def test_a_grid_that_is_missing_is_made(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a run that was killed after its last image; and a seed that is none leaves nothing."""
+    options = ["generate", "--model", str(model), "--count", "2", "--sampler.steps", "1"]
+    assert main([*options, "--out", str(tmp_path / "out")]) == 0
+    whole = (tmp_path / "out" / "grid.png").read_bytes()
+    (tmp_path / "out" / "grid.png").unlink()
+    assert main([*options, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "grid.png").read_bytes() == whole
+    assert '"new": 0' in capsys.readouterr().out
+    assert main([*options, "--seed", str(2**63), "--out", str(tmp_path / "other")]) == 2
+    assert f"seed is {2**63}, wanted" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_full_disk_is_one_line_that_names_the_file(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
