@@ -120,5 +120,7 @@ def _without_decoder(mage: MAGE) -> MAGE:
     shared = (mage.tokenizer, mage.decoder, mage.head)
     encoder = copy.deepcopy(mage, {id(module): module for module in shared})
     del encoder.decoder, encoder.head
+    for module in (encoder.embedding, encoder.encoder.blocks):  # those of the given model may be frozen
+        module.requires_grad_(True)
     encoder.encoder.norm.requires_grad_(False)  # features are read before it
     return encoder

@@ -136,7 +136,7 @@ def test_rises_linearly_over_the_blocks() -> None:
 
 
 def test_trains_a_copy_and_no_tokenizer() -> None:
-    mage = MAGE(MAGEConfig.tiny())
+    mage = MAGE(MAGEConfig.tiny()).requires_grad_(False)  # as for a probe: the copy is trained all the same
     before = {name: x.clone() for name, x in mage.state_dict().items()}
     classifier = MAGEClassifier(mage, 10).train()
     assert not classifier.mage.tokenizer.training
@@ -155,6 +155,7 @@ def test_trains_a_copy_and_no_tokenizer() -> None:
     torch.optim.SGD(classifier.parameters(), lr=1.0).step()
     assert all(torch.equal(x, before[name]) for name, x in mage.state_dict().items())
     assert mage(images).loss.isfinite()
+    assert not any(x.requires_grad for x in mage.parameters())
 
 
 def test_what_governs_training_is_the_state() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -184,12 +185,14 @@ def _rand_augment(words: str, size: int) -> Callable[[Image.Image], Image.Image]
         "img_mean": fill,
         "interpolation": Image.Resampling.BICUBIC,
     }
+    wanted = f"rand_augment is {words!r}, wanted timm's words, as 'rand-m9-mstd0.5-inc1'"
+    for section in words.split("-")[1:]:
+        if not re.match(r"t|[a-z]+\d", section):  # timm passes over it
+            raise InputError(f"{wanted} ({section!r} has no number)")
     try:
         return timm.rand_augment_transform(words, options)
     except (AssertionError, ValueError, KeyError) as error:
-        raise InputError(
-            f"rand_augment is {words!r}, wanted timm's words, as 'rand-m9-mstd0.5-inc1' ({error})"
-        ) from error
+        raise InputError(f"{wanted} ({error})") from error
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from benchmarks.linear_probe import table
+from benchmarks import linear_probe as benchmark
 from mage_fast.config import MAGEConfig
 from mage_fast.errors import CheckpointError, InputError, TrainingError
 from mage_fast.model import MAGE
@@ -306,6 +308,9 @@ def test_a_step_is_encoded_in_parts_as_it_is_read(made: Path, monkeypatch: pytes
         assert torch.equal(labels, batch.labels)
         with torch.no_grad():
             torch.testing.assert_close(features[0], model.features(batch.inputs), rtol=1e-4, atol=1e-5)
+    steps, step = FreshFeatures(reader, source, choices), 2 * (len(source) // batch_size) + 1
+    for (x, _), (y, _) in zip(islice(steps(0), step, step + 2), islice(steps(step), 2), strict=True):
+        assert torch.equal(x, y), "as a run that goes on in the third epoch sees it"
 
 
 def test_features_are_the_eval_mode_s(made: Path) -> None:
@@ -345,7 +350,29 @@ def test_the_benchmark_s_table() -> None:
         for name, top1, cpu in (("cached", 0.9, 2.0), ("exact", 0.91, 50.0))
         for seed in range(3)
     ]
-    _, _, cached, exact = table(records).splitlines()
+    _, _, cached, exact = benchmark.table(records).splitlines()
     times = "2.0 (2.0 to 2.0) | 2.0 (2.0 to 2.0)"
     assert cached == f"| cached | 3 | 91.0% (90.0% to 92.0%) | {times} | 25.0 |"
     assert exact.endswith("| 1.0 |")
+
+
+def test_the_benchmark_tells_models_apart(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def measure(model: Path, recipe: str, head: HeadChoices) -> dict[str, Any]:
+        asked.append(recipe)
+        return {"recipe": recipe, "seed": head.seed, "test_top1": 0.5, "seconds": 1.0, "cpu_seconds": 1.0}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "run", lambda config: None)
+    for _ in range(2):
+        arguments = ["--model", str(made / "model"), "--out", str(tmp_path), "--seeds", "1"]
+        monkeypatch.setattr(sys, "argv", ["linear_probe", *arguments])
+        benchmark.main()
+        assert asked == ["solved", "cached", "exact"], "each once"
+    assert capsys.readouterr().out.count("| exact | 1 | 50.0%") == 2
+    monkeypatch.setattr(sys, "argv", ["linear_probe", "--model", str(made / "other"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds other settings"):
+        benchmark.main()

@@ -159,7 +159,7 @@ def test_batches_are_the_same_whatever_the_workers_and_where_they_begin() -> Non
 
 
 def test_words_that_timm_does_not_have() -> None:
-    for words in ("randm9", "rand-x9", "none"):
+    for words in ("randm9", "rand-x9", "none", "rand-foo-m9", "rand-m"):
         with pytest.raises(InputError, match=f"rand_augment is '{words}'"):
             augment.check_rand_augment(words)
 
