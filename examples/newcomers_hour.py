@@ -63,7 +63,7 @@ def right_half(photos: Path) -> tuple[Path, tuple[int, int, int, int]]:
 
 
 def accelerate_a_model_of_your_own() -> None:
-    """A plain PyTorch model before and after ``mage_fast.accelerate``."""
+    """A plain PyTorch model, here this package's own, before and after ``mage_fast.accelerate``."""
     import torch
 
     import mage_fast
@@ -148,7 +148,7 @@ def main() -> None:
     else:
         say("9. A linear probe wants one sub-folder a class: left out")
 
-    say("10. The same kernels under a plain PyTorch model of your own")
+    say("10. The same kernels under a plain PyTorch model: put yours in the place of reference.MAGE")
     accelerate_a_model_of_your_own()
 
     say("Made in this hour")

@@ -16,6 +16,7 @@ from mage_fast.blocks import Block
 from mage_fast.config import ClassifierConfig
 from mage_fast.embedding import NORM_EPS
 from mage_fast.errors import CheckpointError
+from mage_fast.hub import HubMixin, local_path
 from mage_fast.kernels import rng
 from mage_fast.linear import Linear
 from mage_fast.model import MAGE
@@ -26,7 +27,7 @@ from mage_fast.tokenizer import Tokenizer
 HEAD_STD = 2e-5
 
 
-class MAGEClassifier(nn.Module):
+class MAGEClassifier(HubMixin, nn.Module):
     """Logits of classes from a MAGE encoder that sees all tokens.
 
     >>> classifier = MAGEClassifier(MAGE.from_pretrained("out/pretrain"), num_classes=1000, drop_path=0.1)
@@ -85,25 +86,22 @@ class MAGEClassifier(nn.Module):
             rng_state = rng.new_state()
         return self.head(self.fc_norm(self.mage.features(images_or_ids, rng_state=rng_state)))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``.
-
-        Raises:
-            CheckpointError: the folder cannot be made or written.
-        """
-        storage.save_pretrained(self, folder)
-
     @classmethod
-    def from_pretrained(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, tokenizer: Tokenizer | None = None, *, revision: str | None = None
+    ) -> Self:
         """A classifier, in eval mode, from a folder of :meth:`save_pretrained`.
 
         Args:
-            folder: where it is.
+            folder: where it is, or ``"owner/name"`` of a model hub (the extra ``hub``).
             tokenizer: yours, for a model with one of its own kind.
+            revision: branch, tag or commit on the hub.
 
         Raises:
-            CheckpointError: missing, truncated, or no classifier.
+            CheckpointError: missing, truncated, or no classifier; not to be had from the hub.
+            ValueError: ``config.json`` has an unknown key or a value out of range.
         """
+        folder = local_path(folder, revision)
         values, state = storage.load_pretrained(folder)
         if "mage" not in values:
             raise CheckpointError(f"{folder} holds no classifier, wanted a folder of mage-fast finetune")

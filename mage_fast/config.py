@@ -37,13 +37,16 @@ class _Config:
         """The configuration of a ``config.json``.
 
         Raises:
-            ValueError: a key that does not exist, or a value out of range.
+            ValueError: a key that does not exist, a value of another type or out of range.
         """
         known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"{cls.__name__}: unknown keys {unknown}, known are {sorted(known)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{cls.__name__}: a value is missing or of another type ({error})") from error
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -179,6 +182,8 @@ class MAGEConfig(_Config):
                 f"MAGEConfig: mask_ratio_min {self.mask_ratio_min} is over "
                 f"mask_ratio_max {self.mask_ratio_max}"
             )
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"MAGEConfig: mlp_ratio is {self.mlp_ratio!r}, wanted more than 0")
         if self.mask_ratio_std < 0:
             raise ValueError(f"MAGEConfig: mask_ratio_std is {self.mask_ratio_std}, wanted 0 or more")
         if self.drop_ratio > self.lowest_mask_ratio:
@@ -323,6 +328,8 @@ class ClassifierConfig(_Config):
     def __post_init__(self) -> None:
         if isinstance(self.mage, dict):
             object.__setattr__(self, "mage", MAGEConfig.from_dict(self.mage))
+        if not isinstance(self.mage, MAGEConfig):
+            raise ValueError(f"ClassifierConfig: mage is {self.mage!r}, wanted a MAGEConfig")
         if not isinstance(self.num_classes, int) or self.num_classes < 2:
             raise ValueError(f"ClassifierConfig: num_classes is {self.num_classes!r}, wanted 2 or more")
         if not 0.0 <= self.drop_path < 1.0:

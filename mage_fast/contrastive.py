@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from mage_fast import storage
+from mage_fast import hub
 from mage_fast.config import MAGEConfig
-from mage_fast.hub import write_card
 from mage_fast.kernels import check
 from mage_fast.kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from mage_fast.kernels.ops.mask_plan.api import MaskPlan
@@ -253,8 +252,7 @@ class MAGEC(MAGE):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the plain MAGE, see :meth:`MAGE.save_pretrained`."""
-        storage.save_pretrained(self, folder, without_projector(self.state_dict()))
-        write_card(self, folder)
+        hub.save(self, folder, without_projector(self.state_dict()))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

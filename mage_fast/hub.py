@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from mage_fast import storage
-from mage_fast.config import MAGEConfig, TokenizerConfig
+from mage_fast.config import ClassifierConfig, MAGEConfig, TokenizerConfig
 from mage_fast.errors import CheckpointError, InputError
 from mage_fast.files import atomic_path
 from mage_fast.optional import optional
@@ -23,20 +23,22 @@ CARD_NAME = "README.md"
 _REPO_ID = re.compile(r"\w+(?:[.-]+\w+)*/\w+(?:[.-]+\w+)*")
 _PAPER = "[MAGE (Li et al., CVPR 2023)](https://arxiv.org/abs/2211.09117)"
 
+Config = MAGEConfig | TokenizerConfig | ClassifierConfig
+
 
 class HubMixin:
     """``save_pretrained`` and ``push_to_hub`` of a module that has a ``config``."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json``, ``model.safetensors`` and, where there is none, a model card ``README.md``.
+        """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
 
-        An earlier pair of configuration and weights is replaced whole or kept; a card is never changed.
+        An earlier pair of configuration and weights is replaced whole or kept. A card that is just as an
+        earlier save wrote it is replaced as well; one that somebody else wrote or changed stays.
 
         Raises:
             CheckpointError: the folder cannot be made or written.
         """
-        storage.save_pretrained(cast(nn.Module, self), folder)
-        write_card(self, folder)
+        save(cast(nn.Module, self), folder)
 
     def push_to_hub(
         self,
@@ -71,7 +73,7 @@ class HubMixin:
             raise InputError(f"push_to_hub: repo_id is {repo_id!r}, wanted owner/name")
         hub = optional("huggingface_hub", extra="hub")
         with tempfile.TemporaryDirectory() as folder, _reaching(f"push_to_hub: {repo_id}", revision):
-            write_card(self, folder, license=license)
+            write_card(cast(Any, self).config, folder, license=license)
             self.save_pretrained(folder)
             api = hub.HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -133,7 +135,7 @@ def _reaching(where: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(f"{where}; the repository has no revision {revision!r}") from error
     except errors.LocalTokenNotFoundError as error:
         raise CheckpointError(f"{where}; nobody is logged in to the hub (hf auth login)") from error
-    except errors.HfHubHTTPError as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise CheckpointError(f"{where}; the hub refuses: {_one_line(error)}") from error
     except (errors.HTTPError, OSError) as error:
         raise CheckpointError(f"{where}; the hub cannot be reached ({_one_line(error)})") from error
@@ -144,31 +146,49 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def write_card(model: Any, folder: str | Path, *, license: str | None = None) -> None:
-    """Write the card of a MAGE or a tokenizer into a folder that exists, unless it has one.
+def save(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """:func:`mage_fast.storage.save_pretrained` with a card, see :meth:`HubMixin.save_pretrained`."""
+    path, config = Path(folder) / CARD_NAME, cast(Any, model.config)
+    keep = path.exists() and not _is_of_an_earlier_save(path, type(config))
+    storage.save_pretrained(model, folder, state)
+    if not keep:
+        write_card(config, folder)
+
+
+def _is_of_an_earlier_save(path: Path, kind: type[Config]) -> bool:
+    """Whether a card says what one of the configuration beside it says, and nothing else."""
+    try:
+        earlier = kind.from_dict(storage.read_config(path.parent))
+        return path.read_text(encoding="utf-8") == card(earlier)
+    except (CheckpointError, ValueError, OSError):
+        return False
+
+
+def write_card(config: Config, folder: str | Path, *, license: str | None = None) -> None:
+    """Write the card of a model into a folder that exists.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     path = Path(folder) / CARD_NAME
-    if path.exists():
-        return
     try:
         with atomic_path(path) as temporary:
-            temporary.write_text(card(model, license=license), encoding="utf-8")
+            temporary.write_text(card(config, license=license), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
 
 
-def card(model: Any, *, license: str | None = None) -> str:
+def card(config: Config, *, license: str | None = None) -> str:
     """A model card: the hub's metadata, what the model is, and how it is loaded."""
-    config = model.config
     metadata: dict[str, Any] = {"library_name": "mage-fast"}
     if license is not None:
         metadata["license"] = license
     if isinstance(config, TokenizerConfig):
         metadata |= {"pipeline_tag": "image-to-image", "tags": ["vqgan", "image-tokenizer", "mage"]}
         title, text = _tokenizer_text(config)
+    elif isinstance(config, ClassifierConfig):
+        metadata |= {"pipeline_tag": "image-classification", "tags": ["mage", "vision"]}
+        title, text = _classifier_text(config)
     else:
         metadata |= {
             "pipeline_tag": (
@@ -227,6 +247,25 @@ import mage_fast
 tokenizer = mage_fast.VQGAN.from_pretrained("owner/name")  # or the path of this folder
 ids = tokenizer.encode(images)  # [B, 3, {side}, {side}] in [0, 1]
 images = tokenizer.decode(ids)
+```
+
+## Training data and limits
+
+To be written by who trained it.""",
+    )
+
+
+def _classifier_text(config: ClassifierConfig) -> tuple[str, str]:
+    own = "" if config.mage.tokenizer else ", tokenizer=yours"
+    return (
+        "MAGE classifier",
+        f"""A classifier of {config.num_classes} classes: the encoder of {_PAPER}, fine-tuned.
+
+```python
+import mage_fast
+
+classifier = mage_fast.MAGEClassifier.from_pretrained("owner/name"{own})  # or the path of this folder
+logits = classifier(images)  # [B, {config.num_classes}] of images [B, 3, H, W] in [0, 1]
 ```
 
 ## Training data and limits

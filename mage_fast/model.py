@@ -373,6 +373,7 @@ class MAGE(HubMixin, nn.Module):
 
         Raises:
             CheckpointError: missing, truncated or of another width; not to be had from the hub.
+            ValueError: ``config.json`` has an unknown key or a value out of range.
         """
         path = local_path(path, revision)
         if path.is_dir():

@@ -378,8 +378,10 @@ class VQGAN(HubMixin, nn.Module):
         """
         folder = local_path(folder, revision)
         values, state = storage.load_pretrained(folder)
-        tokenizer = cls(TokenizerConfig.from_dict(values))
-        storage.load_state(tokenizer, state, folder)
+        config = TokenizerConfig.from_dict(values)
+        with torch.device("meta"):  # the checkpoint's tensors become the parameters
+            tokenizer = cls(config)
+        storage.load_state(tokenizer, state, folder, assign=True)
         return tokenizer
 
 

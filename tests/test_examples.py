@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from mage_fast import cli
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -82,13 +85,36 @@ def test_the_newcomers_hour_wants_a_folder_that_is_there(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_newcomers_hour(tmp_path: Path) -> None:
-    done = run("newcomers_hour", tmp_path, "--quick")
-    assert done.returncode == 0, done.stderr
-    commands = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ mage-fast ")]
-    verbs = ["env", "demo", "train-tokenizer", "tokenize", "pretrain", "generate", "edit", "probe"]
-    assert commands == verbs
-    made = [line.split(": ")[0] for line in done.stdout.split("== Made in this hour")[1].splitlines()[1:-1]]
-    assert len(made) == 7
+def test_the_newcomers_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, as each command's start costs seconds; without the demo, which test_flow.py runs."""
+    hour = runpy.run_path(str(ROOT / "examples" / "newcomers_hour.py"))
+    verbs: list[str] = []
+
+    def mage_fast(verb: str, *options: object) -> None:
+        verbs.append(verb)
+        if verb != "demo":
+            assert cli.main([verb, *map(str, options)]) == 0
+
+    monkeypatch.setitem(hour["main"].__globals__, "mage_fast", mage_fast)
+    monkeypatch.setattr(sys, "argv", ["newcomers_hour.py", "--quick"])
+    monkeypatch.chdir(tmp_path)
+    hour["main"]()
+    assert verbs == ["env", "demo", "train-tokenizer", "tokenize", "pretrain", "generate", "edit", "probe"]
+    said = capsys.readouterr().out
+    made = [line.split(": ")[0] for line in said.split("== Made in this hour")[1].splitlines()[1:-1]]
+    assert len(made) == 6  # and the demo's report
     assert all((tmp_path / path).exists() for path in made)
-    assert "replaced  (the model)          training step" in done.stdout
+    assert "replaced  (the model)          training step" in said
+
+
+def test_the_newcomers_hour_shows_a_command_and_ends_with_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    hour = runpy.run_path(str(ROOT / "examples" / "newcomers_hour.py"))
+    with pytest.raises(SystemExit, match="mage-fast generate ended with code 2: what it says above is why"):
+        hour["mage_fast"]("generate", "--model", "no where")
+    said = capfd.readouterr()
+    assert said.out == "$ mage-fast generate --model 'no where'\n"
+    assert "no where" in said.err

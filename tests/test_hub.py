@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,16 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from mage_fast import MAGE, MAGEC, VQGAN, CheckpointError, InputError, MAGEConfig, TokenizerConfig
+from mage_fast import (
+    MAGE,
+    MAGEC,
+    VQGAN,
+    CheckpointError,
+    InputError,
+    MAGEClassifier,
+    MAGEConfig,
+    TokenizerConfig,
+)
 from mage_fast import hub as hub_of_ours
 from mage_fast.storage import read_config
 from tests.models import build, draw_ids, tiny
@@ -72,7 +82,9 @@ MODELS = {
     "mage_without_tokenizer": lambda: build(tiny(num_classes=7)),
     "mage_c": lambda: build(tiny(), make=MAGEC),
     "vqgan": lambda: VQGAN(TOKENIZER),
+    "classifier": lambda: MAGEClassifier(build(MAGEConfig.tiny(tokenizer=TOKENIZER)), num_classes=7),
 }
+KINDS = {"vqgan": "image-to-image", "classifier": "image-classification"}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -80,22 +92,22 @@ def test_a_saved_folder_has_a_card_that_the_hub_reads(name: str, tmp_path: Path)
     MODELS[name]().save_pretrained(tmp_path)
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "mage-fast"
-    wanted = "image-to-image" if name == "vqgan" else "unconditional-image-generation"
-    assert card.data.pipeline_tag == wanted
+    assert card.data.pipeline_tag == KINDS.get(name, "unconditional-image-generation")
     assert "mage" in card.data.tags
     assert card.data.license is None
     assert ("tokenizer=yours" in card.text) == (name in ("mage_without_tokenizer", "mage_c"))
-    assert ("7 classes" in card.text) == (name == "mage_without_tokenizer")
+    assert ("7 classes" in card.text) == (name in ("mage_without_tokenizer", "classifier"))
     if "tokenizer=yours" not in card.text:
         code = card.text.split("```python\n")[1].split("```")[0].replace("owner/name", str(tmp_path))
         values: dict[str, Any] = {"images": torch.rand(2, 3, 8, 8)}
         exec(code, values)
         assert values["images"].shape[1:] == (3, 8, 8)
+        assert name != "classifier" or values["logits"].shape == (2, 7)
 
 
 def test_a_model_that_sees_features_is_said_to_make_features() -> None:
-    model = MAGE(MAGEConfig.tiny(tokenizer=TOKENIZER, encoder_input="features"))
-    assert huggingface_hub.ModelCard(hub_of_ours.card(model)).data.pipeline_tag == "image-feature-extraction"
+    config = MAGEConfig.tiny(tokenizer=TOKENIZER, encoder_input="features")
+    assert huggingface_hub.ModelCard(hub_of_ours.card(config)).data.pipeline_tag == "image-feature-extraction"
 
 
 def test_a_card_of_ones_own_stays(tmp_path: Path) -> None:
@@ -103,6 +115,26 @@ def test_a_card_of_ones_own_stays(tmp_path: Path) -> None:
     VQGAN(TOKENIZER).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert sorted(x.name for x in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_card_of_an_earlier_save_does_not_outlive_it(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    for classes in (7, 9):
+        build(tiny(num_classes=classes)).save_pretrained(tmp_path)
+        assert f"images of {classes} classes" in path.read_text()
+    mine = path.read_text() + "Trained on photos of mine.\n"
+    path.write_text(mine)
+    build(tiny(num_classes=7), make=MAGEC).save_pretrained(tmp_path)
+    assert path.read_text() == mine
+
+
+def test_a_classifier_comes_back_from_the_hub(hub: SimpleNamespace) -> None:
+    model = MODELS["classifier"]().eval()
+    model.push_to_hub("someone/classifier")
+    images = torch.rand(2, 3, 8, 8)
+    back = MAGEClassifier.from_pretrained("someone/classifier", revision="v1")
+    assert torch.equal(back(images), model(images))
+    assert hub.calls[-1][1]["revision"] == "v1"
 
 
 def test_a_model_goes_to_the_hub_and_comes_back(hub: SimpleNamespace) -> None:
@@ -160,6 +192,7 @@ def test_what_is_here_is_not_looked_for_elsewhere(
         (hub_error(errors.RevisionNotFoundError), "the repository has no revision 'v9'"),
         (hub_error(errors.LocalTokenNotFoundError), "nobody is logged in to the hub"),
         (hub_error(errors.HfHubHTTPError), "the hub refuses: the hub's words in two lines$"),
+        (hub_error(errors.HFValidationError), "the hub refuses: the hub's words in two lines$"),
         (hub_error(errors.LocalEntryNotFoundError), "the hub cannot be reached"),
         (hub_error(errors.HTTPError), "the hub cannot be reached"),
         (hub_error(errors.OfflineModeIsEnabled), "the hub cannot be reached"),
@@ -203,6 +236,36 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         MAGE.from_pretrained("no/such")
     with pytest.raises(InputError, match=r"'mage-fast\[hub\]'"):
         VQGAN(TOKENIZER).push_to_hub("no/such")
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/b.git", "a/" + 97 * "b"])
+def test_names_that_the_hub_would_not_take_end_in_a_line(name: str) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder here; the hub refuses: "):
+        VQGAN.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (MAGE, {"dropout": "much"}, "MAGEConfig: a value is missing or of another type"),
+        (MAGE, {"tokenizer": 5}, "MAGEConfig: a value is missing or of another type"),
+        (MAGE, {"tokenizer": {"width_multipliers": 5}}, "TokenizerConfig: a value is missing or of"),
+        (MAGE, {"mlp_ratio": -1}, "MAGEConfig: mlp_ratio is -1, wanted more than 0"),
+        (VQGAN, {"width_multipliers": "ab"}, "TokenizerConfig: a value is missing or of another type"),
+        (VQGAN, {"codebook_size": 10**13}, r"has shape \(32, 8\), wanted \(10000000000000, 8\)"),
+        (MAGEClassifier, {"num_classes": None}, "ClassifierConfig: num_classes is None, wanted 2 or more"),
+        (MAGEClassifier, {"mage": None}, "ClassifierConfig: mage is None, wanted a MAGEConfig"),
+    ],
+)
+def test_a_configuration_from_elsewhere_is_not_trusted(
+    model: type, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    name = {MAGE: "mage", VQGAN: "vqgan", MAGEClassifier: "classifier"}[model]
+    MODELS[name]().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        model.from_pretrained(tmp_path)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "a/.b", "-a/b", "../b", "a b/c", ""])
