@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import signal
 import socket
 import sys
 import time
@@ -55,7 +56,7 @@ class WebConfig:
 
 
 def run(config: WebConfig) -> dict[str, object]:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C or SIGTERM.
 
     Raises:
         InputError: no model or one without a tokenizer, an unknown source or one of tokens, an address or
@@ -63,13 +64,15 @@ def run(config: WebConfig) -> dict[str, object]:
         ValueError: a model that does not generate.
     """
     server = serve(config)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was uploaded goes
     print(f"mage-fast: {server.local_url} (Ctrl-C ends it)", file=sys.stderr)
     try:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
-        return {"stopped_by": "Ctrl-C"}
+        return {"stopped_by": "Ctrl-C or SIGTERM"}
     finally:
+        signal.signal(signal.SIGTERM, before)
         server.close(verbose=False)
 
 
@@ -148,29 +151,28 @@ def _page(gr: ModuleType, actions: Actions) -> Any:
                     run_generate = gr.Button("Run", variant="primary")
                     generated = _gallery(gr, "Generated images")
 
-        def on(
-            event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: Any
-        ) -> None:
-            event(
+        def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: Any) -> Any:
+            return event(
                 _telling(gr, action),
                 **{"inputs": inputs, "outputs": outputs, "api_visibility": "private"},
                 **{"concurrency_limit": 1, "concurrency_id": "model"},  # one at a time, whoever asks
             )
 
-        def pick(index: int) -> tuple[Any, dict[str, Any]]:
-            return actions.examples[index], _unpainted(actions, actions.examples[index])
+        # an editor with paint hangs when it is given another image: it is taken away and a new one comes
+        away = gr.update(value=None, visible=False)
 
-        def read(path: str) -> tuple[Any, dict[str, Any]]:
-            image = actions.read(path)
-            return image, _unpainted(actions, image)
+        def show(image: Any) -> Any:
+            return gr.update(value=_unpainted(actions, image), visible=True)
 
         def edit(image: Any, painted: dict[str, Any], *values: Any) -> Result:
             if painted["background"] is None:  # thrown away by the editor's bin
                 raise InputError("there is no image: choose an example or upload one")
             return actions.edit(image, painted["layers"], Settings(*values))
 
-        on(samples.click, pick, [samples], [image, editor])
-        on(upload.upload, read, [upload], [image, editor])
+        picked = on(samples.click, lambda index: (actions.examples[index], away), [samples], [image, editor])
+        uploaded = on(upload.upload, lambda path: (actions.read(path), away), [upload], [image, editor])
+        for chosen in (picked, uploaded):
+            on(chosen.success, show, [image], editor)
         on(run_edit.click, edit, [image, editor, *settings], [seen, edited])
         on(
             run_reconstruct.click,

@@ -12,16 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 import mage_fast
 from mage_fast import MAGE, InputError, MAGEConfig
 from mage_fast.cli import main
-from mage_fast.recipes.web import WebConfig, serve
+from mage_fast.recipes.web import PAINT, WebConfig, serve
 from mage_fast.recipes.web_actions import EXAMPLES, Actions, Settings, painted
 from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.data import batches, open_source
@@ -63,10 +62,20 @@ def as_batch(image: np.ndarray) -> Tensor:
     return torch.tensor(image).permute(2, 0, 1)[None] / 255
 
 
-def assert_pictures(got: list[np.ndarray], images_B3HW: Tensor) -> None:
+def pictures(images_B3HW: Tensor) -> np.ndarray:
     """The images enlarged by whole pixels, to the nearest level."""
-    wanted = (enlarged(images_B3HW, 480 // SIDE) * 255).round().permute(0, 2, 3, 1).numpy()
-    assert np.array_equal(np.stack(got), wanted)
+    return (enlarged(images_B3HW, 480 // SIDE) * 255).round().permute(0, 2, 3, 1).numpy()
+
+
+def hidden(image: np.ndarray, mask_HW: np.ndarray) -> Tensor:
+    """The image, grey where the mask is."""
+    grey = image.copy()
+    grey[mask_HW] = 128
+    return as_batch(grey)
+
+
+def assert_pictures(got: list[np.ndarray], images_B3HW: Tensor) -> None:
+    assert np.array_equal(np.stack(got), pictures(images_B3HW))
 
 
 def test_examples_are_spread_over_the_held_out_images(actions: Actions) -> None:
@@ -120,9 +129,9 @@ def test_edit_is_the_library_s(actions: Actions, label: str) -> None:
     guidance = 2.0 if label else 0.0
     chosen = Settings(**(vars(QUICK) | {"label": label, "guidance_scale": guidance}))
     seen, variants = actions.edit(image, [layer(mask_HW.repeat(30, 0).repeat(30, 1))], chosen)
-    grey = as_batch(image)
-    grey[:, :, 4:8, 8:12] = 128 / 255
-    assert_pictures([seen], grey)
+    is_edited_HW = np.zeros((SIDE, SIDE), dtype=bool)
+    is_edited_HW[4:8, 8:12] = True
+    assert_pictures([seen], hidden(image, is_edited_HW))
     wanted = mage_fast.edit(
         actions.model,
         as_batch(image).expand(2, -1, -1, -1),
@@ -201,7 +210,8 @@ def test_what_cannot_be_served_is_refused(saved: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it(saved: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it(saved: Path, number: signal.Signals) -> None:
     pytest.importorskip("gradio")
     port = free_port()
     command = [sys.executable, "-m", "mage_fast.cli", "web", "--model", str(saved / "model")]
@@ -213,7 +223,7 @@ def test_ctrl_c_ends_it(saved: Path) -> None:
         assert process.stderr is not None
         told = process.stderr.readline()
         assert told == f"mage-fast: http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, error = process.communicate(timeout=120)
     assert (process.returncode, out, error) == (130, "", "")
 
@@ -221,68 +231,92 @@ def test_ctrl_c_ends_it(saved: Path) -> None:
 BROWSER = CHROMIUM and all(importlib.util.find_spec(name) for name in ("gradio", "playwright"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not BROWSER, reason="needs gradio, playwright and Chromium")
-def test_the_page_in_a_browser(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hosts = set()
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The hosts that this process has connected to since."""
+    connected: set[str] = set()
     connect = socket.socket.connect
 
     def noted(self: socket.socket, address: object) -> None:
         if self.family != socket.AF_UNIX:
-            hosts.add(address[0])  # type: ignore[index]
+            connected.add(address[0])  # type: ignore[index]
         connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", noted)
-    config = WebConfig(model=saved / "model", port=free_port())
-    server = serve(config)
+    return connected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="needs gradio, playwright and Chromium")
+def test_the_page_in_a_browser(actions: Actions, saved: Path, tmp_path: Path, hosts: set[str]) -> None:
+    model = actions.model
+    settings = {"config": SAMPLER, "seed": 0}
+    server = serve(WebConfig(model=saved / "model", port=free_port()))
     try:
         with browsing(server.local_url) as web:
-            actions = Actions(
-                MAGE.from_pretrained(saved / "model").eval(),
-                open_source("digits", image_size=SIDE, split="test"),
-            )
-            model, image = actions.model, actions.examples[3]
-            web.pick(3)
+            web.shows(actions.examples[0])
             web.choose("Widening (tokens)", 0)
             web.choose("Steps", 3)
             web.choose("Variants", 2)
-            paint = torch.tensor(web.paint((0.375, 0.375), (0.375, 0.625)))[None, None].float()
-            shown = web.run(2)
-            seen = web.pixels(web.page.locator(".pictures .image-container img"))
-            mask_HW = (seen[::30, ::30] != image).any(2)
-            is_edited = torch.tensor(mask_HW.reshape(GRID, 4, GRID, 4).any((1, 3)))
-            # between where all can see paint, and that widened by a few of the screen's pixels
-            surely, perhaps = (
-                F.adaptive_max_pool2d(F.max_pool2d(paint, 2 * edge + 1, 1, edge), GRID)[0, 0] > 0
-                for edge in (0, 4)
-            )
-            assert surely.any()
-            assert not perhaps.all()
-            assert ((surely <= is_edited) & (is_edited <= perhaps)).all()
-            wanted = mage_fast.edit(
+
+            # an example, painted from the middle of row 1, column 1 of the tokens to that of row 2
+            web.pick(3)
+            image = actions.examples[3]
+            web.shows(image)
+            web.paint((0.375, 0.375), (0.375, 0.625))
+            painted_over, is_edited_HW = image.copy(), np.zeros((SIDE, SIDE), dtype=bool)
+            painted_over[5:11, 5:7] = ImageColor.getrgb(PAINT)
+            is_edited_HW[4:12, 4:8] = True
+            web.shows(painted_over)
+            web.click("Run")
+            web.holds("image seen", pictures(hidden(image, is_edited_HW)))
+            edited = mage_fast.edit(
                 model,
                 as_batch(image).expand(2, -1, -1, -1),
-                torch.tensor(mask_HW).expand(2, -1, -1),
-                **{"config": SAMPLER, "seed": 0, "grow": 0},
+                torch.tensor(is_edited_HW).expand(2, -1, -1),
+                **settings,
+                grow=0,
             )
-            assert_pictures(shown, wanted.images_B3HW)
-            before_BL = model.tokenize(as_batch(image)).expand(2, -1)
-            assert torch.equal(wanted.ids_BL != before_BL, (wanted.ids_BL != before_BL) & wanted.is_edited_BL)
-            web.page.get_by_role("tab", name="Generate").click()
-            web.choose("Variants", 3)
-            assert_pictures(web.run(3), mage_fast.generate(model, 3, config=SAMPLER, seed=0))
-            assert not web.errors
+            web.holds("results", pictures(edited.images_B3HW))
+            is_changed_BL = edited.ids_BL != model.tokenize(as_batch(image))
+            assert is_changed_BL.any()
+            assert not (is_changed_BL & ~edited.is_edited_BL).any()
 
-            web.page.get_by_role("tab", name="Edit").click()
+            web.click("Hide 75% at random")
+            whole = mage_fast.reconstruct(model, as_batch(image), tries=2, **settings)
+            web.holds("results", pictures(whole.images_TB3HW[:, 0]))
+            is_masked_HW = whole.is_masked_BL[0].view(GRID, GRID).numpy().repeat(4, 0).repeat(4, 1)
+            web.holds("image seen", pictures(hidden(image, is_masked_HW)))
+
+            web.click("Generate", role="tab")
+            web.choose("Variants", 3)
+            web.click("Run")
+            web.holds("results", pictures(mage_fast.generate(model, 3, **settings)))
+
+            web.click("Edit", role="tab")
             web.pick(4)
-            web.page.locator("button:visible", has_text="Run").first.click()
-            web.page.get_by_text("nothing is painted over").wait_for()
+            web.shows(actions.examples[4])
+            web.click("Run")
+            web.tells("nothing is painted over")
+
+            # a file of the model's size, painted in the last token's middle
+            uploaded = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            Image.fromarray(uploaded).save(tmp_path / "uploaded.png")
+            web.upload(tmp_path / "uploaded.png")
+            web.shows(uploaded)
+            web.paint((0.875, 0.875))
+            web.click("Run")
+            is_edited_HW[:] = False
+            is_edited_HW[12:, 12:] = True
+            web.holds("image seen", pictures(hidden(uploaded, is_edited_HW)))
+
             (tmp_path / "notes.png").write_text("no image")
-            web.page.locator("input[type=file]").first.set_input_files(tmp_path / "notes.png")
-            web.page.get_by_text("not a PNG, JPEG, WebP or BMP image").wait_for()
-            local = ("http://127.0.0.1:", "data:", "blob:http://127.0.0.1:")
-            assert web.requests
-            assert not [url for url in web.requests if not url.startswith(local)]
+            web.upload(tmp_path / "notes.png")
+            web.tells("notes.png: not a PNG, JPEG, WebP or BMP image")
     finally:
         server.close(verbose=False)
+    assert web.errors == []
+    local = ("http://127.0.0.1:", "data:", "blob:http://127.0.0.1:")
+    assert web.requests
+    assert [url for url in web.requests if not url.startswith(local)] == []
     assert hosts == {"127.0.0.1"}
