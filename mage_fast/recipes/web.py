@@ -65,8 +65,8 @@ def run(config: WebConfig) -> dict[str, object]:
     """
     server = serve(config)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was uploaded goes
-    print(f"mage-fast: {server.local_url} (Ctrl-C ends it)", file=sys.stderr)
     try:
+        print(f"mage-fast: {server.local_url} (Ctrl-C ends it)", file=sys.stderr)
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
