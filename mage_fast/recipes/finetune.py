@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 
 from mage_fast.classification import MAGEClassifier
 from mage_fast.errors import InputError
-from mage_fast.kernels import rng
 from mage_fast.model import MAGE
 from mage_fast.recipes.finetune_config import NO_RAND_AUGMENT, RECIPES, FinetuneConfig, FinetuneRecipe
 from mage_fast.recipes.loading import fitting_batch_size, load_model
@@ -21,11 +19,12 @@ from mage_fast.recipes.pictures import curves, read_metrics
 from mage_fast.training.augment import check_rand_augment, named
 from mage_fast.training.checkpoints import Checkpoints
 from mage_fast.training.classifier_step import ClassifierStep
-from mage_fast.training.data import Batch, batches, open_source, steps_per_epoch, training_batches
+from mage_fast.training.data import Batch, batches, open_source, steps_per_epoch
 from mage_fast.training.distributed import Processes, replicated, torchrun_processes
 from mage_fast.training.logs import METRICS_FILE, RunLogger
 from mage_fast.training.loop import Skips, train
 from mage_fast.training.memory import keep_freed_memory
+from mage_fast.training.micro_batches import step_batches, with_random_states
 from mage_fast.training.mixing import Mixing
 from mage_fast.training.optim import build_adamw, layer_decay_groups
 from mage_fast.training.precision import Precision, autocast
@@ -33,7 +32,6 @@ from mage_fast.training.run import CHECKPOINTS, Run, pick_device
 from mage_fast.training.run_state import Part, module_fingerprint
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 from mage_fast.training.sources import Source
-from mage_fast.training.step import MicroBatch
 from mage_fast.training.throughput import Throughput
 from mage_fast.training.trackers import open_tracker
 from mage_fast.training.watch import check_labelled, check_same_classes, undisturbed
@@ -197,35 +195,22 @@ class _Finetuning:
             min_lr=config.min_lr,
         )
         set_lr(self.optimizer, lr)
-        micro_batches = [
-            MicroBatch(
-                batch.inputs,
-                batch.labels,
-                rng.new_state(rng.split_seed(config.seed, processes.rank + processes.count * number), step),
-            )
-            for number, batch in enumerate(batches)
-        ]
+        micro_batches = with_random_states(batches, seed=config.seed, step=step, processes=processes)
         return self.step.accumulate(micro_batches) | {"lr": lr}
 
     def _batches(self, step: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step from one on."""
         config = self.config
-        found = training_batches(
+        return step_batches(
             self.train_source,
             self.recipe.batch_size,
             step=step,
-            split=self.split,
-            shares=range(self.processes.rank, self.split, self.processes.count),
+            accumulate=config.accumulate,
+            processes=self.processes,
             seed=config.seed,
             augment=self.augmentation,
             workers=config.workers,
-            pin_memory=self.processes.device.type == "cuda",
         )
-        try:
-            while taken := list(islice(found, config.accumulate)):
-                yield taken
-        finally:
-            found.close()
 
     def _resumed(self, step: int) -> str:
         said = f"{self.config.out}: resumed after step {step} of {self.total_steps}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from mage_fast.config import MAGEConfig
 from mage_fast.contrastive import MAGEC
 from mage_fast.errors import InputError
-from mage_fast.kernels import rng
 from mage_fast.model import MAGE
 from mage_fast.recipes.loading import fitting_batch_size, load_tokenizer, preset
 from mage_fast.recipes.pictures import curves, loss_curve, read_metrics, write_grid
@@ -31,20 +29,21 @@ from mage_fast.recipes.pretrain_config import (
 from mage_fast.sampler import SamplerConfig, generate
 from mage_fast.tokenizer import VQGAN
 from mage_fast.training.checkpoints import Checkpoints
-from mage_fast.training.data import Batch, open_source, steps_per_epoch, training_batches
+from mage_fast.training.data import Batch, open_source, steps_per_epoch
 from mage_fast.training.device_augment import NvImageCodec
 from mage_fast.training.distributed import Processes, parallelized, torchrun_processes, whole_model
 from mage_fast.training.initialize import initialize_from
 from mage_fast.training.logs import METRICS_FILE, RunLogger
 from mage_fast.training.loop import Skips, train
 from mage_fast.training.memory import keep_freed_memory
+from mage_fast.training.micro_batches import step_batches, with_random_states
 from mage_fast.training.optim import Ema, build_adamw
 from mage_fast.training.precision import autocast
 from mage_fast.training.run import CHECKPOINTS, Run, pick_device
 from mage_fast.training.run_state import Part, module_fingerprint
 from mage_fast.training.schedule import cosine_lr, scaled_lr, set_lr
 from mage_fast.training.sources import TokenSource
-from mage_fast.training.step import MicroBatch, TrainStep
+from mage_fast.training.step import TrainStep
 from mage_fast.training.throughput import Throughput, flops_per_image, peak_flops
 from mage_fast.training.trackers import open_tracker
 from mage_fast.training.watch import OnlineProbe, Watch
@@ -239,37 +238,26 @@ class _Pretraining:
             base_lr=self.highest_lr,
         )
         set_lr(self.optimizer, lr)
-        micro_batches = [
-            MicroBatch(
-                batch.inputs,
-                batch.labels if config.conditional else None,
-                rng.new_state(rng.split_seed(config.seed, processes.rank + processes.count * number), step),
-            )
-            for number, batch in enumerate(batches)
-        ]
+        micro_batches = with_random_states(
+            batches, seed=config.seed, step=step, processes=processes, labelled=config.conditional
+        )
         return self.step.accumulate(micro_batches) | {"lr": lr}
 
     def _batches(self, step: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step from one on."""
         config = self.config
-        batches = training_batches(
+        return step_batches(
             self.source,
             self.recipe.batch_size,
             step=step,
-            split=self.split,
-            shares=range(self.processes.rank, self.split, self.processes.count),
+            accumulate=config.processes.accumulate,
+            processes=self.processes,
             views=self.views,
             seed=config.seed,
             augment=self.recipe.augment,
             workers=config.workers,
-            pin_memory=self.processes.device.type == "cuda",
             decoder=self.decoder,
         )
-        try:
-            while taken := list(islice(batches, config.processes.accumulate)):
-                yield taken
-        finally:
-            batches.close()
 
     def _resumed(self, step: int) -> str:
         said = f"{self.config.out}: resumed after step {step} of {self.total_steps}"
