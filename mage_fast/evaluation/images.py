@@ -13,9 +13,8 @@ from torch import Tensor
 
 from mage_fast.errors import InputError
 from mage_fast.training.images import UnreadableImage, header_size, read_rgb
+from mage_fast.training.metrics import GRID_NAME
 
-#: Not an image of its own: what ``mage-fast generate`` shows of all.
-GRID_NAME = "grid.png"
 #: Threads that decode PNG files.
 READERS = 4
 

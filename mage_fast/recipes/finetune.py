@@ -139,8 +139,7 @@ class _Finetuning:
                         config.out, self.total_steps, "finetune", start_step=start_step, tracker=tracker
                     )
                 )
-                if start_step:
-                    logger.message(self._resumed(start_step))
+                logger.resumed(self._other_split())
             result = train(
                 self._train_step,
                 total_steps=self.total_steps,
@@ -212,12 +211,12 @@ class _Finetuning:
             workers=config.workers,
         )
 
-    def _resumed(self, step: int) -> str:
-        said = f"{self.config.out}: resumed after step {step} of {self.total_steps}"
+    def _other_split(self) -> str:
+        """What a run resumed with other micro-batches than before is told."""
         before = self.folder.extra.get("micro_batches", self.split)
-        if before != self.split:
-            said += f"; {self.split} micro-batches a step mix and drop otherwise than the {before} before"
-        return said
+        if before == self.split:
+            return ""
+        return f"; {self.split} micro-batches a step mix and drop otherwise than the {before} before"
 
 
 class HeldOut:

@@ -16,12 +16,12 @@ from mage_fast.editing import GREY, hide_tokens
 from mage_fast.errors import InputError
 from mage_fast.kernels import rng
 from mage_fast.recipes.loading import Precision, load_model, precision_context
-from mage_fast.recipes.outputs import GRID, PNGWriter, claim
+from mage_fast.recipes.outputs import PNGWriter, claim
 from mage_fast.recipes.pictures import write_animation, write_grid
 from mage_fast.sampler_config import SamplerConfig
 from mage_fast.training.images import read_rgb
 from mage_fast.training.logs import progress
-from mage_fast.training.metrics import to_uint8
+from mage_fast.training.metrics import GRID_NAME, to_uint8
 from mage_fast.training.run import pick_device
 from mage_fast.training.run_state import module_fingerprint
 
@@ -103,8 +103,8 @@ def run(config: GenerateConfig) -> dict[str, object]:
                 images_B3HW = to_uint8(model.tokenizer.decode(ids_BL))
             writer.write(images_B3HW, paths[part])
     # a run may have been killed between its last image and the grid
-    if not (config.out / GRID).exists() or (missing and missing[0] < GRID_IMAGES):
-        _grid(paths[:GRID_IMAGES], config.out / GRID)
+    if not (config.out / GRID_NAME).exists() or (missing and missing[0] < GRID_IMAGES):
+        _grid(paths[:GRID_IMAGES], config.out / GRID_NAME)
     if config.animate:
         with precision_context(config.precision, device):
             write_animation(_frames(config, decode, labels), config.out / ANIMATION)

@@ -93,6 +93,12 @@ def fingerprint(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
+def evaluation_crop(size: tuple[int, int], image_size: int, resize_ratio: float = EVALUATION_RESIZE) -> Crop:
+    """What the evaluation takes of an image of ``size`` (width, height)."""
+    unused = item_generator(0, 0, 0)  # it draws nothing
+    return drawn(size, image_size, named("eval"), unused, default_resize_ratio=resize_ratio)
+
+
 def read_mask(path: Path) -> Bool[np.ndarray, "H W"]:
     """An image file as a mask: True where it is white or transparent.
 
@@ -120,11 +126,7 @@ def _of(source: Source, index: int) -> Image.Image:
 
 
 def _cropped(images: list[Image.Image], names: list[str], image_size: int, resize_ratio: float) -> Pictures:
-    unused = item_generator(0, 0, 0)  # an evaluation crop draws nothing
-    crops = [
-        drawn(image.size, image_size, named("eval"), unused, default_resize_ratio=resize_ratio)
-        for image in images
-    ]
+    crops = [evaluation_crop(image.size, image_size, resize_ratio) for image in images]
     pixels = [np.asarray(applied(*pair, image_size)) for pair in zip(images, crops, strict=True)]
     levels_B3HW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return Pictures(levels_B3HW / 255, [image.size for image in images], crops, names)

@@ -17,10 +17,9 @@ from mage_fast.errors import InputError
 from mage_fast.files import require_folder, write_json
 from mage_fast.recipes.pictures import write_grid
 from mage_fast.training.images import EXTENSIONS
-from mage_fast.training.metrics import save_png, to_uint8
+from mage_fast.training.metrics import GRID_NAME, save_png, to_uint8
 from mage_fast.training.run import check_settings
 
-GRID = "grid.png"
 #: Images, columns of the grid, that :func:`write_tries` shows.
 SHOWN = 16
 #: Threads that compress PNG files.
@@ -111,4 +110,4 @@ def write_tries(
             paths = [folder / f"{index:06d}_{number}.png" for index in range(len(images_B3HW))]
             writer.write(to_uint8(images_B3HW), paths)
     rows = [x[:SHOWN].cpu() for x in (originals_B3HW, seen_B3HW, *tries_TB3HW)]
-    write_grid(torch.cat(rows), folder / GRID, columns=len(rows[0]))
+    write_grid(torch.cat(rows), folder / GRID_NAME, columns=len(rows[0]))

@@ -191,8 +191,7 @@ class _Pretraining:
                         config.out, self.total_steps, "pretrain", start_step=start_step, tracker=tracker
                     )
                 )
-                if start_step:
-                    logger.message(self._resumed(start_step))
+                logger.resumed(self._other_split())
             if watch is not None:
                 watch.logger = logger
             result = train(
@@ -259,12 +258,12 @@ class _Pretraining:
             decoder=self.decoder,
         )
 
-    def _resumed(self, step: int) -> str:
-        said = f"{self.config.out}: resumed after step {step} of {self.total_steps}"
+    def _other_split(self) -> str:
+        """What a run resumed with other micro-batches than before is told."""
         before = self.folder.extra.get("micro_batches", self.split)
-        if before != self.split:
-            said += f"; {self.split} micro-batches a step draw other masks than the {before} before"
-        return said
+        if before == self.split:
+            return ""
+        return f"; {self.split} micro-batches a step draw other masks than the {before} before"
 
     def _bad_files(self) -> int:
         """Damaged files that any process has met; each names its own."""

@@ -155,8 +155,7 @@ class HeadTraining:
             samples_per_step=self.choices.batch_size,
             tensorboard=False,
         ) as logger:
-            if start:
-                logger.message(f"{folder}: resumed after step {start} of {self.total_steps}")
+            logger.resumed()
             result = train(
                 self.step,
                 total_steps=self.total_steps,

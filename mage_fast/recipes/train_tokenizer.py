@@ -152,8 +152,7 @@ def run(config: TrainTokenizerConfig) -> dict[str, Any]:
     with RunLogger(
         config.out, config.steps, "tokenizer", start_step=start, samples_per_step=batch_size
     ) as logger:
-        if start:
-            logger.message(f"{config.out}: resumed after step {start} of {config.steps}")
+        logger.resumed()
         result = train(
             trainer.step,
             total_steps=config.steps,

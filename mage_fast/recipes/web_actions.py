@@ -21,10 +21,11 @@ from mage_fast.decoding import Decoding
 from mage_fast.editing import edit, hide_tokens, reconstruct
 from mage_fast.errors import InputError
 from mage_fast.model import MAGE
+from mage_fast.recipes.inputs import evaluation_crop
 from mage_fast.recipes.loading import Precision, image_size, precision_context
 from mage_fast.sampler import generate
 from mage_fast.sampler_config import SamplerConfig
-from mage_fast.training.augment import applied, drawn, item_generator, named
+from mage_fast.training.augment import applied
 from mage_fast.training.data import batches
 from mage_fast.training.images import UnreadableImage, read_rgb
 from mage_fast.training.metrics import enlarged, to_uint8
@@ -98,14 +99,9 @@ class Actions:
         except UnreadableImage as error:
             raise InputError(f"{Path(path).name}: {error}") from error
         if image.size != (self.side, self.side):
-            crop = drawn(
-                image.size,
-                self.side,
-                named("eval"),
-                item_generator(0, 0, 0),  # unused: a centre crop draws nothing
-                default_resize_ratio=self.source.resize_ratio,
+            image = applied(
+                image, evaluation_crop(image.size, self.side, self.source.resize_ratio), self.side
             )
-            image = applied(image, crop, self.side)
         return np.array(image)
 
     def picture(self, image: Pixels) -> Pixels:

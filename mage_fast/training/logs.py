@@ -62,7 +62,7 @@ class RunLogger:
         tracker: Tracker | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.start_step = start_step
+        self.start_step, self.total_steps = start_step, total_steps
         self.samples_per_step = samples_per_step
         self.console = console or Console(stderr=True)
         self._tensorboard = tensorboard
@@ -141,6 +141,11 @@ class RunLogger:
             self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
         if self._tracker is not None:
             self._tracker.image(name, step, pixels_HWC)
+
+    def resumed(self, note: str = "") -> None:
+        """Tell where a resumed run goes on; nothing of a new one."""
+        if self.start_step:
+            self.message(f"{self.folder}: resumed after step {self.start_step} of {self.total_steps}{note}")
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""

@@ -13,6 +13,9 @@ from torch import Tensor
 from mage_fast.errors import InputError
 from mage_fast.files import atomic_path
 
+#: The file that shows all images of a folder, and is none of them.
+GRID_NAME = "grid.png"
+
 
 def frechet_distance(features_a: Float[Tensor, "N D"], features_b: Float[Tensor, "M D"]) -> float:
     """Frechet distance between Gaussians fitted to two sets of features; the FID for Inception features.

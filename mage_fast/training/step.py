@@ -6,6 +6,7 @@ the device does is captured once for each of a few numbers of masked tokens, and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -38,7 +39,7 @@ class MicroBatch(NamedTuple):
     rng_state: Int64[Tensor, "2"] | None = None
 
 
-class Step:
+class Step(ABC):
     """One step of training a model: gradients of one or several micro-batches, clipping, the optimizer.
 
     A subclass says what goes to the device (``_prepare``) and what is minimised there (``_loss``).
@@ -133,13 +134,13 @@ class Step:
 
     _run = compute
 
+    @abstractmethod
     def _prepare(self, micro_batch: MicroBatch) -> tuple[Any, ...]:
         """What ``_loss`` takes, on the device; the micro-batch has an rng_state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _loss(self, *arguments: Any) -> tuple[Tensor, Metrics]:
         """What is minimised, and what is told of it."""
-        raise NotImplementedError
 
     def _gradients(self, *arguments: Any, share: float = 1.0) -> Metrics:
         """Add a micro-batch's share to the gradients."""
