@@ -145,7 +145,10 @@ def test_a_signal_finishes_the_step_saves_and_returns(
     assert (finished, result.step, result.stopped_by) == ([0, 1, 2, 3, 4], 5, None)
 
 
-def test_a_second_interrupt_stops_at_once() -> None:
+def test_a_second_interrupt_stops_at_once(request: pytest.FixtureRequest) -> None:
+    # Python's own handler, which is not there where a shell runs the suite in its background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     saves: list[int] = []
 
     def step_fn(_: int, step: int) -> dict[str, float]:
